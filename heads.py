@@ -1,0 +1,153 @@
+"""Which heads look near and which look far, and how a model's queries and keys are recorded (Eq. 7-8).
+
+Copy this file, metrics.py and grpo.py to get the paper's signals from any transformers model whose layers go through
+the library's attention interface: Qwen, Llama, Mistral, Gemma, ... (grouped-query heads and sliding windows included).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+
+class Heads(NamedTuple):
+    """A head split: layer numbers, then [layers, H] spans (tokens) and the two groups of heads as bool masks."""
+
+    layers: list[int]
+    spans: Tensor
+    local: Tensor
+    far: Tensor
+
+
+class Recorded(NamedTuple):
+    """One layer's attention without its map: A[b,h,t,s] = exp(q_t k_s scale - lse_t) where row t sees key s, else 0."""
+
+    q: Tensor  # [B,H,N,D], after rotary embedding
+    k: Tensor  # [B,H_kv,N,D]; query head h uses key head h // (H / H_kv)
+    scale: float
+    lse: Tensor  # [B,H,N] float32, the log-sum-exp of row t's scores
+    visible: Tensor | None  # [B or 1,1,N,N] bool for sliding-window layers; None is plain causal
+
+
+def layer_range(num_layers: int, where: str = "middle", count: int = 5) -> list[int]:
+    """Up to count evenly spaced layers of the model's bottom, middle or top third, or of all of it; sorted, distinct.
+
+    >>> layer_range(36), layer_range(12, "top"), layer_range(12, "all"), layer_range(2)
+    ([12, 15, 18, 21, 24], [8, 9, 10, 11], [0, 3, 6, 8, 11], [0, 1])
+    """
+    third, last = num_layers / 3, num_layers - 1
+    ends = {"bottom": (0, third), "middle": (third, 2 * third), "top": (2 * third, last), "all": (0, last)}
+    if where not in ends:
+        raise ValueError(f"unknown layer range {where!r}: choose one of {', '.join(ends)}")
+    low, high = (min(int(end), last) for end in ends[where])
+    steps = max(count - 1, 1)
+    return sorted({low + (i * (high - low) + steps // 2) // steps for i in range(count)})
+
+
+def middle_layers(num_layers: int, count: int = 5) -> list[int]:
+    """The paper's choice: count evenly spaced layers from floor(L/3) to floor(2L/3)."""
+    return layer_range(num_layers, "middle", count)
+
+
+def head_spans(maps: Tensor, mask: Tensor) -> Tensor:
+    """Eq. 7, the definition: how many tokens back each head looks, mean over all response rows of the batch.
+
+    maps [B,H,N,N] (row t, column s), mask [B,N] bool. Returns [H] float32.
+
+    >>> look_back_one = torch.eye(3).roll(1, 0)[None, None]  # rows 1 and 2 attend to the token before
+    >>> head_spans(look_back_one, torch.tensor([[False, True, True]]))
+    tensor([1.])
+    """
+    t = torch.arange(maps.shape[-1], device=maps.device)
+    back = (t[:, None] - t).clamp(min=0)  # [N,N]
+    rows = (maps.float() * back).sum(-1)  # [B,H,N]
+    return (rows * mask[:, None]).sum((0, 2)) / mask.sum()
+
+
+def split_heads(spans: Tensor, quantile: float = 0.3) -> tuple[Tensor, Tensor]:
+    """The heads of lowest span (H_loc) and of highest span (H_glob), as bool masks shaped like spans; Eq. 8's groups.
+
+    Each group has floor(quantile * heads) members, at least one; they are disjoint.
+
+    >>> split_heads(torch.tensor([[3.0, 9.0], [1.0, 5.0]]))
+    (tensor([[False, False],
+            [ True, False]]), tensor([[False,  True],
+            [False, False]]))
+    """
+    if not 0 < quantile <= 0.5:
+        raise ValueError(f"quantile {quantile}: the two groups are disjoint, so it lies in (0, 0.5]")
+    if spans.numel() < 2:
+        raise ValueError(f"{spans.numel()} sampled head: a split into local and far needs two")
+    size = max(1, int(quantile * spans.numel() + 1e-6))  # 1e-6: 0.3 * 10 must not floor to 2
+    order = spans.flatten().argsort(stable=True)
+    local, far = torch.zeros(2, spans.numel(), dtype=torch.bool, device=spans.device)
+    local[order[:size]] = True
+    far[order[-size:]] = True
+    return local.view_as(spans), far.view_as(spans)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Torch's fused attention, with the log-sum-exp that scaled_dot_product_attention computes but does not return.
+
+    q [B,H,N,D], k and v [B,H_kv,N,D], visible as in Recorded. Returns ([B,H,N,D], [B,H,N] float32).
+    """
+    bias = None if visible is None else torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -torch.inf)
+    causal = visible is None
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # the CUDA kernels know no grouped heads
+    if causal and q.dtype in (torch.float16, torch.bfloat16):
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[:2]
+    bias = bias if bias is None else bias.expand(*q.shape[:3], k.shape[2])
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scale)
+    return out, lse[..., : q.shape[2]]  # that kernel pads the rows to a multiple of 32
+
+
+_recording: dict[int, Recorded | None] = {}  # layer: what to record; set by record(), filled by _attend
+
+
+def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """The attention function transformers calls once record() has chosen it: fused, and noting what it saw."""
+    layer = getattr(module, "layer_idx", None)
+    if layer not in _recording:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+        raise ValueError(
+            f"{type(module).__name__} soft-caps its scores or has attention sinks: its rows are not a plain softmax of "
+            "q k^T, so WAAD and FAI cannot be taken from queries and keys. Train it with --credit uniform."
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out, lse = fused_attention(query, key, value, scale, attention_mask)
+    _recording[layer] = Recorded(query, key, scale, lse, attention_mask)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("recording", _attend)
+AttentionMaskInterface.register("recording", sdpa_mask)  # without it sliding-window layers would silently see everything
+
+
+@contextmanager
+def record(model, layers: list[int]) -> Iterator[dict[int, Recorded]]:
+    """Within the context, a forward pass without gradient fills the dict {layer: Recorded}; afterwards the model is as before.
+
+    Raises ValueError on leaving if the pass recorded nothing for a wanted layer (a model without such attention).
+    """
+    global _recording
+    before, recorded = model.config._attn_implementation, dict.fromkeys(layers)
+    try:
+        model.set_attn_implementation("recording")
+        _recording = recorded
+        yield recorded
+        if missing := [layer for layer, r in recorded.items() if r is None]:
+            raise ValueError(
+                f"{type(model).__name__} showed no attention in layers {missing}: WAAD and FAI need softmax attention "
+                "that goes through transformers' attention interface. Train it with --credit uniform."
+            )
+    finally:
+        _recording = {}
+        model.set_attn_implementation(before)

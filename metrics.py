@@ -1,0 +1,152 @@
+"""WAAD, FAI and entropy: the definitions on full maps, and the same numbers without any map (Eq. 9-10).
+
+No map is needed because rows sum to 1 and both metrics look a bounded distance back. With the log-sum-exp Z_t of row t,
+which fused attention computes anyway, A[t,s] = exp(q_t . k_s * scale - Z_t) can be had for just the band of pairs that
+count:
+
+    WAAD_t = sum_s A[t,s] min(t-s, W)                       = W - sum_{t-s<W} (W - (t-s)) A[t,s]
+    FAI_s  = mean of A[t,s] over t in R, H_lo <= t-s <= H_hi  sums the band's columns
+    span   = mean over t in R of sum_s A[t,s] (t-s)         = t - (what the head outputs when its values are positions)
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo import token_logprobs
+from heads import Heads, Recorded, fused_attention, middle_layers, record, split_heads
+
+
+class Signals(NamedTuple):
+    """What one forward pass tells of each response token: [B,N] float32, 0 outside the mask; and the heads used."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    waad: Tensor
+    fai: Tensor
+    heads: Heads | None
+
+
+def waad(local_map: Tensor, mask: Tensor, window: int = 10) -> Tensor:
+    """Eq. 9, the definition: windowed average attention distance, in tokens from 0 to window. Peaks mark preplan tokens.
+
+    local_map [B,N,N] (row t, column s), the mean map of the local heads; mask [B,N]. Returns [B,N].
+
+    >>> waad(torch.tensor([[[1.0, 0.0], [0.25, 0.75]]]), torch.tensor([[False, True]]))
+    tensor([[0.0000, 0.2500]])
+    """
+    t = torch.arange(mask.shape[1], device=mask.device)
+    distance = (t[:, None] - t).clamp(0, window)  # [N,N]
+    return torch.where(mask, (local_map.float() * distance).sum(-1), 0.0)
+
+
+def fai(global_map: Tensor, mask: Tensor, horizon: tuple[int, int | None] = (10, 100)) -> Tensor:
+    """Eq. 10, the definition: future attention influence, the mean attention a token gets from later response tokens.
+
+    global_map [B,N,N], the mean map of the far heads; mask [B,N]; token s is looked at from s+lo to s+hi, or to the end
+    of the response when hi is None. Returns [B,N]; 0 for tokens that nothing looks at, the last lo ones.
+
+    >>> fai(torch.tensor([[[1.0, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5]]]), torch.tensor([[False, True, True]]), (1, 9))
+    tensor([[0.0000, 0.3000, 0.0000]])
+    """
+    t = torch.arange(mask.shape[1], device=mask.device)
+    back = t[:, None] - t
+    low, high = horizon[0], mask.shape[1] if horizon[1] is None else horizon[1]
+    looks = (back >= low) & (back <= high) & mask[:, :, None]  # [B,N,N]
+    received = torch.where(looks, global_map.float(), 0.0).sum(1)
+    return torch.where(mask, received / looks.sum(1).clamp(min=1), 0.0)
+
+
+def observe(
+    model,
+    input_ids: Tensor,
+    mask: Tensor,
+    heads: Heads | None = None,
+    window: int = 10,
+    horizon: tuple[int, int | None] = (10, 100),
+    layers: list[int] | None = None,
+    quantile: float = 0.3,
+) -> Signals:
+    """One forward pass without gradient: pi_old log-probs, entropy, WAAD and FAI. No map is ever made.
+
+    input_ids [B,N] right-padded, mask [B,N] bool, the response tokens. heads is the split to use; None measures it on
+    this batch, in `layers` (default: five of the middle third) with groups of `quantile`. Raises ValueError for models
+    whose attention cannot be recorded.
+    """
+    layers = heads.layers if heads else layers or middle_layers(model.config.get_text_config().num_hidden_layers)
+    with torch.no_grad():
+        with record(model, layers) as recorded:
+            logprobs, entropy = token_logprobs(model, input_ids, mask, entropy=True)
+        if heads is None:
+            spans = torch.stack([streamed_spans(recorded[layer], mask) for layer in layers])  # [layers,H]
+            heads = Heads(layers, spans, *split_heads(spans, quantile))
+        near = [(recorded[layer], group) for layer, group in zip(layers, heads.local)]
+        far = [(recorded[layer], group) for layer, group in zip(layers, heads.far)]
+        return Signals(logprobs, entropy, streamed_waad(near, mask, window), streamed_fai(far, mask, horizon), heads)
+
+
+def streamed_spans(layer: Recorded, mask: Tensor) -> Tensor:
+    """Eq. 7 by one more fused attention call, whose values are positions. Returns [H] float32.
+
+    Positions go in two columns, s // 128 and s % 128, small numbers whose averages lose no digits that the span needs.
+    """
+    q, k = layer.q.float(), layer.k.float()
+    s = torch.arange(q.shape[2], device=q.device)
+    values = torch.zeros_like(k)
+    values[..., 0], values[..., 1] = s // 128, s % 128
+    out, _ = fused_attention(q, k, values, layer.scale, layer.visible)
+    spans = (s // 128 - out[..., 0]) * 128 + (s % 128 - out[..., 1])  # [B,H,N]
+    return (spans * mask[:, None]).sum((0, 2)) / mask.sum()
+
+
+def streamed_waad(layers: list[tuple[Recorded, Tensor]], mask: Tensor, window: int = 10) -> Tensor:
+    """Eq. 9 from the band t-s < window of the chosen heads, [(layer, [H] bool), ...]. Returns [B,N]."""
+    near = torch.zeros(mask.shape, device=mask.device)
+    for rows, columns, attention in _band_blocks(layers, mask, window - 1):
+        t, s = (torch.arange(x.start, x.stop, device=mask.device) for x in (rows, columns))
+        near[:, rows] += (attention * (window - t[:, None] + s).clamp(min=0)).sum(-1)
+    return torch.where(mask, window - near, 0.0)
+
+
+def streamed_fai(
+    layers: list[tuple[Recorded, Tensor]], mask: Tensor, horizon: tuple[int, int | None] = (10, 100)
+) -> Tensor:
+    """Eq. 10 from the band lo <= t-s <= hi of the chosen heads, [(layer, [H] bool), ...]. Returns [B,N]."""
+    n = mask.shape[1]
+    received, looks = torch.zeros(2, *mask.shape, device=mask.device)
+    low, high = horizon[0], n if horizon[1] is None else horizon[1]
+    for rows, columns, attention in _band_blocks(layers, mask, high):
+        t, s = (torch.arange(x.start, x.stop, device=mask.device) for x in (rows, columns))
+        back = t[:, None] - s
+        in_horizon = ((back >= low) & (back <= high)) & mask[:, rows, None]  # [B,rows,columns]
+        received[:, columns] += (attention * in_horizon).sum(1)
+        looks[:, columns] += in_horizon.sum(1)
+    return torch.where(mask, received / looks.clamp(min=1), 0.0)
+
+
+def _band_blocks(
+    layers: list[tuple[Recorded, Tensor]], mask: Tensor, reach: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The mean map of the chosen heads, as blocks of rows with the columns up to reach tokens before them.
+
+    Yields (rows, columns, [B,rows,columns] float32) from the first response row on.
+    """
+    count, n = sum(int(group.sum()) for _, group in layers), mask.shape[1]
+    first = int(mask.any(0).int().argmax())
+    size = max(64, min(reach, 512))  # blocks about as high as the band is wide waste half of what they score
+    chosen = []
+    for layer, group in layers:
+        index = group.nonzero()[:, 0]
+        keys = index // (layer.q.shape[1] // layer.k.shape[1])
+        chosen.append((layer, layer.q[:, index] * layer.scale, layer.k[:, keys], layer.lse[:, index, :, None]))
+    for top in range(first, n, size):
+        rows, columns = slice(top, min(top + size, n)), slice(max(0, top - reach), min(top + size, n))
+        t, s = (torch.arange(x.start, x.stop, device=mask.device) for x in (rows, columns))
+        mean = torch.zeros(len(mask), len(t), len(s), device=mask.device)
+        for layer, q, k, lse in chosen:
+            scores = q[:, :, rows].float() @ k[:, :, columns].float().mT - lse[:, :, rows]  # [B,heads,rows,columns]
+            seen = s <= t[:, None] if layer.visible is None else layer.visible[:, :, rows, columns]
+            mean += scores.masked_fill_(~seen, -torch.inf).exp_().sum(1)
+        yield rows, columns, mean / count

@@ -1,0 +1,167 @@
+"""actor_infer: the sampler. VLLMActor is the real one; TorchActor does the same with transformers where vLLM is missing.
+
+Both sample at the model's own distribution (temperature 1 unless told, no top-p, no top-k) and return the log-probability
+of each token under that distribution, so that the trainer can measure how far apart the two engines are at every step.
+"""
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+class Rollout(NamedTuple):
+    """One response. Token numbers of prompt and response (its end-of-text token included when it got there)."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    logprobs: list[float]  # of ids, under the sampler's weights and temperature
+    text: str  # the response, special tokens left out
+    truncated: bool  # hit max_tokens before it ended
+
+
+def _encode(tokenizer, prompts: list[str], max_tokens: int, context: int) -> list[list[int]]:
+    """Token numbers of each prompt; ValueError for one that is empty or leaves no room for a response."""
+    encoded = tokenizer(prompts).input_ids
+    for prompt, ids in zip(prompts, encoded):
+        if not ids or len(ids) + max_tokens > context:
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens and a response of up to {max_tokens} do not fit a context of {context} "
+                f"tokens (or the prompt is empty); give a larger --context or a smaller --max_tokens: {prompt[:80]!r}"
+            )
+    return encoded
+
+
+class VLLMActor:
+    """vLLM inside this process, so that reload() can hand the trainer's tensors over without a copy through disk.
+
+    `kv_cache_bytes` is given outright, because vLLM's default share of the memory does not know what training will need.
+    """
+
+    def __init__(self, path: str, context: int = 512, seed: int = 0, kv_cache_bytes: int = 512 * 2**20):
+        # Read by vLLM when it is imported and when it starts, so they come first; what the user has set stays.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        try:
+            from vllm import LLM
+        except ImportError as e:
+            raise RuntimeError(f"vLLM cannot be imported ({e}): install requirements.txt, or use --engine torch") from e
+        on_gpu = torch.cuda.is_available()
+        self.context = context
+        self.llm = LLM(
+            str(path),
+            dtype="bfloat16" if on_gpu else "float32",
+            enforce_eager=not on_gpu,
+            max_model_len=context,
+            max_num_seqs=256,
+            kv_cache_memory_bytes=kv_cache_bytes,
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            seed=seed,
+        )
+        self.tokenizer = self.llm.get_tokenizer()
+
+    def generate(
+        self, prompts: list[str], n: int = 1, max_tokens: int = 128, temperature: float = 1.0, progress: bool = False
+    ) -> list[list[Rollout]]:
+        """n responses to each prompt, all in one call; temperature 0 is greedy. Returns [len(prompts)][n]."""
+        from vllm import SamplingParams, TokensPrompt
+
+        encoded = _encode(self.tokenizer, prompts, max_tokens, self.context)
+        outputs = self.llm.generate(
+            [TokensPrompt(prompt_token_ids=ids) for ids in encoded],
+            SamplingParams(n=n, max_tokens=max_tokens, temperature=temperature, logprobs=0, detokenize=False),
+            use_tqdm=progress,
+        )
+        return [[self._rollout(ids, o) for o in sorted(out.outputs, key=lambda o: o.index)]
+                for ids, out in zip(encoded, outputs)]  # fmt: skip
+
+    def _rollout(self, prompt_ids: list[int], output) -> Rollout:
+        ids = list(output.token_ids)
+        logprobs = [at[token].logprob for token, at in zip(ids, output.logprobs)]
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Rollout(prompt_ids, ids, logprobs, text, output.finish_reason == "length")
+
+    def reload(self, model) -> None:
+        """Give vLLM the model's present weights, in place, and forget what it cached under the old ones."""
+        weights = ((name, p.detach()) for name, p in model.named_parameters())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if model.config.get_text_config().tie_word_embeddings and not torch.cuda.is_available():
+            self.llm.apply_model(_repack_head)
+        self.llm.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Stop the engine and free its memory."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def _repack_head(model) -> None:
+    """vLLM's CPU build keeps a packed copy of the output head, which its reload misses when the embedding is tied to it."""
+    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+class TorchActor:
+    """The same face over transformers' generate, for machines without vLLM. It samples the trainer's own model."""
+
+    def __init__(self, model, tokenizer, context: int = 512, batch: int = 256):
+        self.model, self.tokenizer, self.context, self.batch = model, tokenizer, context, batch
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[str], n: int = 1, max_tokens: int = 128, temperature: float = 1.0, progress: bool = False
+    ) -> list[list[Rollout]]:
+        """As VLLMActor.generate."""
+        encoded = [ids for ids in _encode(self.tokenizer, prompts, max_tokens, self.context) for _ in range(n)]
+        flat, was_training = [], self.model.training
+        self.model.eval()
+        for start in tqdm(range(0, len(encoded), self.batch), desc="generate", disable=not progress):
+            flat += self._batch(encoded[start : start + self.batch], max_tokens, temperature)
+        self.model.train(was_training)
+        return [flat[i : i + n] for i in range(0, len(flat), n)]
+
+    def _batch(self, encoded: list[list[int]], max_tokens: int, temperature: float) -> list[Rollout]:
+        width = max(map(len, encoded))
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        fill = eos if pad is None else pad
+        ids = torch.tensor([[fill] * (width - len(row)) + row for row in encoded], device=self.model.device)  # left
+        attend = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=self.model.device)
+        how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+        out = self.model.generate(
+            ids, attention_mask=attend, max_new_tokens=max_tokens, pad_token_id=fill,
+            return_dict_in_generate=True, output_logits=True, **how,
+        )  # fmt: skip
+        new = out.sequences[:, width:]  # [B,T]
+        scale = temperature or 1.0
+        chosen = [(step.float() / scale).log_softmax(-1).gather(1, t[:, None])[:, 0] for step, t in zip(out.logits, new.T)]
+        logprobs = torch.stack(chosen, 1)  # [B,T]
+        rollouts = []
+        for prompt_ids, row, lp in zip(encoded, new.tolist(), logprobs.tolist()):
+            ended = eos in row
+            length = row.index(eos) + 1 if ended else len(row)
+            text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
+            rollouts.append(Rollout(prompt_ids, row[:length], lp[:length], text, not ended))
+        return rollouts
+
+    def reload(self, model) -> None:
+        """Nothing to copy unless the trainer's model is another one than this actor samples."""
+        if model is not self.model:
+            self.model.load_state_dict(model.state_dict())
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+def pack(rollouts: list[Rollout], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded token numbers [B,N], the mask of response tokens [B,N], and the sampler's log-probs [B,N]."""
+    n = max(len(r.prompt_ids) + len(r.ids) for r in rollouts)
+    input_ids = torch.full((len(rollouts), n), pad)
+    mask, logprobs = torch.zeros(len(rollouts), n, dtype=torch.bool), torch.zeros(len(rollouts), n)
+    for b, r in enumerate(rollouts):
+        start, end = len(r.prompt_ids), len(r.prompt_ids) + len(r.ids)
+        input_ids[b, :end] = torch.tensor(r.prompt_ids + r.ids)
+        mask[b, start:end] = True
+        logprobs[b, start:end] = torch.tensor(r.logprobs)
+    return input_ids, mask, logprobs

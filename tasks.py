@@ -1,0 +1,169 @@
+"""Problems, prompts and the one verifier that gives the reward in training and the score in evaluation.
+
+Countdown (Pan et al. 2025, "TinyZero"): combine the given numbers with + - * /, each exactly once, to reach the target.
+Problems are made, not fetched: the same name, split, n and seed give the same list on every machine. Each is solvable,
+because its target is the value of a random expression over its numbers, and a problem's split is a hash of the problem
+itself, so no training problem, of whatever seed, is ever a test problem.
+"""
+
+import random
+import re
+import zlib
+from dataclasses import dataclass
+from fractions import Fraction
+
+LANGUAGE_PROMPT = (
+    "Use the numbers {numbers} and the operations + - * / to make {target}. Use every number exactly once; "
+    "parentheses are allowed. Work it out inside <think> </think>, then give only the final expression inside "
+    "<answer> </answer>, for example <answer>(1 + 2) / 3</answer>.\n<think>"
+)
+TINY_PROMPT = "{numbers}>{target}\n<think>"
+
+
+@dataclass(frozen=True)
+class Countdown:
+    """What a variant of the task draws from: how many numbers, the largest of them, the prompt, the sizes of its splits."""
+
+    sizes: tuple[int, ...]
+    largest: int
+    prompt: str
+    train: int = 20_000
+    test: int = 512
+
+
+TASKS = {
+    "countdown": Countdown((3, 4), 99, LANGUAGE_PROMPT),  # Pan et al.'s 3-to-4
+    "countdown4": Countdown((4,), 99, LANGUAGE_PROMPT),  # arXiv 2510.13554's
+    "countdown-tiny": Countdown((3,), 15, TINY_PROMPT, train=4_000),  # the embedded model's; 5,154 exist
+    "countdown-tiny4": Countdown((4,), 15, TINY_PROMPT),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt to complete, the task whose verifier judges the completion, and what that verifier needs."""
+
+    prompt: str
+    task: str
+    numbers: tuple[int, ...]
+    target: int
+
+
+def random_expression(numbers: tuple[int, ...], rng: random.Random) -> tuple[str, int, str]:
+    """Combine numbers two by two, at random, until one is left; every value on the way is a whole number from 0 to 999.
+
+    Returns (steps, value, expression): the combinations in the order made, the result, and the whole as one expression.
+
+    >>> random_expression((3, 7, 5), random.Random(1))
+    ('7-3=4,5*4=20', 20, '5*(7-3)')
+    """
+    terms, steps = [(n, str(n)) for n in numbers], []
+    while len(terms) > 1:
+        (a, x), (b, y) = sorted(rng.sample(terms, 2), reverse=True)  # larger first: differences are never negative
+        op = rng.choice("+-*/" if b > 1 and a % b == 0 else "+-*")
+        value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if op == "/" else 0}[op]
+        if value > 999:
+            continue
+        terms.remove((a, x))
+        terms.remove((b, y))
+        x, y = (f"({t})" if not t.isdecimal() else t for t in (x, y))
+        terms.append((value, f"{x}{op}{y}"))
+        steps.append(f"{a}{op}{b}={value}")
+    return ",".join(steps), *terms[0]
+
+
+def split_of(numbers: tuple[int, ...], target: int) -> str:
+    """'train' or 'test' (one in eight): a hash of the problem, whatever the order of its numbers."""
+    return "train" if zlib.crc32(f"{sorted(numbers)}>{target}".encode()) % 8 else "test"
+
+
+def load(name: str, split: str = "test", n: int | None = None, seed: int = 0) -> list[Problem]:
+    """n distinct problems of a task (None: the task's own number), the same for the same arguments.
+
+    Raises ValueError, naming the choices, for an unknown task or split, and when the task has fewer than n problems.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}: choose train or test")
+    task, rng = TASKS[name], random.Random(f"{name}/{split}/{seed}")
+    n = n or getattr(task, split)
+    found, idle = {}, 0
+    while len(found) < n:
+        numbers = tuple(rng.randint(1, task.largest) for _ in range(rng.choice(task.sizes)))
+        target = random_expression(numbers, rng)[1]
+        key = (*sorted(numbers), target)
+        if 10 <= target <= 99 and split_of(numbers, target) == split and key not in found:
+            prompt = task.prompt.format(numbers=" ".join(map(str, numbers)), target=target)
+            found[key], idle = Problem(prompt, name, numbers, target), 0
+        elif (idle := idle + 1) > 100_000:
+            raise ValueError(f"task {name!r} has no {n} distinct {split} problems, only about {len(found)}")
+    return list(found.values())
+
+
+def reward(problem: Problem, text: str) -> float:
+    """1.0 when the last <answer>…</answer> of text solves the problem, else 0.0; the time is linear in len(text).
+
+    >>> p = Problem("", "countdown", (3, 7, 5), 38)
+    >>> reward(p, "5*7=35 35+3=38</think><answer>5 * 7 + 3</answer>"), reward(p, "<answer>38</answer>")
+    (1.0, 0.0)
+    """
+    head, closed, _ = text.rpartition("</answer>")
+    _, opened, answer = head.rpartition("<answer>")
+    if not (opened and closed) or len(answer) > 200:
+        return 0.0
+    return float(evaluate(answer, problem.numbers) == problem.target)
+
+
+PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+
+
+def evaluate(expression: str, numbers: tuple[int, ...]) -> Fraction | None:
+    """The exact value of an infix expression that uses each of the numbers exactly once; None for anything else.
+
+    Two stacks (shunting-yard), so nesting costs no recursion; no eval; the numbers are compared as text before any is
+    converted. There is no unary sign and no power. × ÷ − count as * / -.
+
+    >>> evaluate("(1 + 2) / 4", (1, 2, 4)), evaluate("2**9", (2, 9)), evaluate("1/(2-2)", (1, 2, 2))
+    (Fraction(3, 4), None, None)
+    """
+    expression = expression.translate(str.maketrans("×÷−", "*/-"))
+    tokens = re.findall(r"[0-9]+|\S", expression, re.ASCII)
+    if sorted(t for t in tokens if t[0] in "0123456789") != sorted(map(str, numbers)):
+        return None
+    values, pending, operand_next = [], [], True
+
+    def apply() -> bool:
+        op, b, a = pending.pop(), values.pop(), values.pop()
+        if op == "/" and b == 0:
+            return False
+        values.append(a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a / b)
+        return True
+
+    for token in tokens:
+        if operand_next != (token == "(" or token[0] in "0123456789"):
+            return None
+        if token == "(":
+            pending.append(token)
+        elif token == ")":
+            while pending and pending[-1] != "(":
+                if not apply():
+                    return None
+            if not pending:
+                return None
+            pending.pop()
+        elif token in PRECEDENCE:
+            while pending and PRECEDENCE.get(pending[-1], 0) >= PRECEDENCE[token]:
+                if not apply():
+                    return None
+            pending.append(token)
+            operand_next = True
+        elif operand_next:
+            values.append(Fraction(int(token)))
+            operand_next = False
+        else:
+            return None
+    while pending:
+        if operand_next or pending[-1] == "(" or not apply():
+            return None
+    return None if operand_next else values[0]
