@@ -9,6 +9,7 @@ count:
     span   = mean over t in R of sum_s A[t,s] (t-s)         = t - (what the head outputs when its values are positions)
 """
 
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -26,7 +27,8 @@ class Signals(NamedTuple):
     entropy: Tensor
     waad: Tensor
     fai: Tensor
-    heads: Heads | None
+    heads: Heads
+    seconds: float  # of the pass, what WAAD, FAI and a measured split took
 
 
 def waad(local_map: Tensor, mask: Tensor, window: int = 10) -> Tensor:
@@ -79,12 +81,21 @@ def observe(
     with torch.no_grad():
         with record(model, layers) as recorded:
             logprobs, entropy = token_logprobs(model, input_ids, mask, entropy=True)
+        start = _now(mask)
         if heads is None:
             spans = torch.stack([streamed_spans(recorded[layer], mask) for layer in layers])  # [layers,H]
             heads = Heads(layers, spans, *split_heads(spans, quantile))
-        near = [(recorded[layer], group) for layer, group in zip(layers, heads.local)]
+        local = [(recorded[layer], group) for layer, group in zip(layers, heads.local)]
         far = [(recorded[layer], group) for layer, group in zip(layers, heads.far)]
-        return Signals(logprobs, entropy, streamed_waad(near, mask, window), streamed_fai(far, mask, horizon), heads)
+        waad, fai = streamed_waad(local, mask, window), streamed_fai(far, mask, horizon)
+        return Signals(logprobs, entropy, waad, fai, heads, _now(mask) - start)
+
+
+def _now(x: Tensor) -> float:
+    """Seconds, once the device has done what was asked of it."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()
 
 
 def streamed_spans(layer: Recorded, mask: Tensor) -> Tensor:

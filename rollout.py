@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class Rollout(NamedTuple):
@@ -22,7 +23,30 @@ class Rollout(NamedTuple):
     truncated: bool  # hit max_tokens before it ended
 
 
-def _encode(tokenizer, prompts: list[str], max_tokens: int, context: int) -> list[list[int]]:
+def load_model(name: str):
+    """The transformers model (float32, on the GPU if there is one) and the tokenizer of a folder or hub name.
+
+    Raises ValueError, in one line, when there is nothing to load.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as e:
+        where = "" if os.path.isdir(name) else " (no such folder here, so it was looked up on the hub)"
+        raise ValueError(f"cannot load a model from {name!r}{where}: {str(e).splitlines()[0]}") from e
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def start_actor(engine: str, name: str, context: int, seed: int, model=None, tokenizer=None):
+    """The actor for --engine: vllm loads the checkpoint itself, torch samples the given model (or loads it)."""
+    if engine == "vllm":
+        return VLLMActor(name, context, seed)
+    if model is None:
+        model, tokenizer = load_model(name)
+    return TorchActor(model, tokenizer, context)
+
+
+def encode(tokenizer, prompts: list[str], max_tokens: int, context: int) -> list[list[int]]:
     """Token numbers of each prompt; ValueError for one that is empty or leaves no room for a response."""
     encoded = tokenizer(prompts).input_ids
     for prompt, ids in zip(prompts, encoded):
@@ -70,7 +94,7 @@ class VLLMActor:
         """n responses to each prompt, all in one call; temperature 0 is greedy. Returns [len(prompts)][n]."""
         from vllm import SamplingParams, TokensPrompt
 
-        encoded = _encode(self.tokenizer, prompts, max_tokens, self.context)
+        encoded = encode(self.tokenizer, prompts, max_tokens, self.context)
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=ids) for ids in encoded],
             SamplingParams(n=n, max_tokens=max_tokens, temperature=temperature, logprobs=0, detokenize=False),
@@ -114,7 +138,7 @@ class TorchActor:
         self, prompts: list[str], n: int = 1, max_tokens: int = 128, temperature: float = 1.0, progress: bool = False
     ) -> list[list[Rollout]]:
         """As VLLMActor.generate."""
-        encoded = [ids for ids in _encode(self.tokenizer, prompts, max_tokens, self.context) for _ in range(n)]
+        encoded = [ids for ids in encode(self.tokenizer, prompts, max_tokens, self.context) for _ in range(n)]
         flat, was_training = [], self.model.training
         self.model.eval()
         for start in tqdm(range(0, len(encoded), self.batch), desc="generate", disable=not progress):

