@@ -1,7 +1,7 @@
 """gamma_t: how much of a response's advantage each token gets. Three rhythm strategies, three controls (Eq. 14-19).
 
 All take [B,N] tensors with mask [B,N] bool marking the response tokens, work on each response alone, and return gamma
-[B,N] float32, which is 1 outside the mask. q is the share of tokens to credit, amp the factor gamma_amp. No gradient flows.
+[B,N] float32, which is 1 outside the mask. q is the share of tokens to credit, amp the factor gamma_amp.
 
 Not given by the paper, and our readings: alpha = 0.5; k = 3; tau_waad, the median WAAD of the response; tau_delta, the
 smallest Delta in T_loc, so that "a recent peak" means a member of T_loc; intro(t), the token of largest Delta among the
@@ -45,13 +45,13 @@ def waad_change(waad: Tensor, mask: Tensor) -> Tensor:
 
 
 def local_chunk(waad: Tensor, mask: Tensor, q: float = 0.4, amp: float = 1.5, lowest: bool = False) -> Tensor:
-    """Eq. 14-15: amplify T_loc, the tokens where WAAD changes most, the borders of what is written in one go."""
+    """Eq. 14-15: amplify T_loc, the tokens where WAAD changes most: the borders of what is written in one go."""
     delta = waad_change(waad, mask)
     return 1 + (amp - 1) * top_q(-delta if lowest else delta, mask, q)
 
 
 def global_anchor(fai: Tensor, mask: Tensor, q: float = 0.4, amp: float = 1.5, lowest: bool = False) -> Tensor:
-    """Eq. 16-17: amplify T_glob, the tokens that later ones look back at most. A token nothing can look at is no anchor."""
+    """Eq. 16-17: amplify T_glob, the tokens that later ones look at most. One that nothing can look at is no anchor."""
     return 1 + (amp - 1) * top_q(-fai if lowest else fai, mask, q, eligible=fai > 0)
 
 
@@ -67,7 +67,7 @@ def coupled_rhythm(
 ) -> Tensor:
     """Eq. 18-19: amplify anchors; one that a preplan token has just introduced hands a share alpha to it.
 
-    An anchor t is locally dominated (t in D) if WAAD_t <= tau_waad and some Delta of the k tokens before it >= tau_delta.
+    An anchor t is locally dominated (t in D) if WAAD_t <= tau_waad and a Delta among the k before it is >= tau_delta.
     gamma_t = 1 + (amp-1) [t in T_glob but not D] + (1-alpha)(amp-1) [t in D] + alpha (amp-1) [t in intro(D)]; the
     brackets add, so a token can reach 1.75 with the defaults; intro(D) is a set, so a shared intro is credited once.
 

@@ -1,6 +1,6 @@
 """Success on held-out problems: greedy pass@1 and sampled avg@k, through the trainer's own sampler and verifier.
 
-    python eval.py --model runs/countdown-tiny-coupled/checkpoint --task countdown-tiny
+python eval.py --model runs/countdown-tiny-coupled/checkpoint --task countdown-tiny
 """
 
 import json

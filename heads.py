@@ -91,7 +91,9 @@ def split_heads(spans: Tensor, quantile: float = 0.3) -> tuple[Tensor, Tensor]:
     return local.view_as(spans), far.view_as(spans)
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Torch's fused attention, with the log-sum-exp that scaled_dot_product_attention computes but does not return.
 
     q [B,H,N,D], k and v [B,H_kv,N,D], visible as in Recorded. Returns ([B,H,N,D], [B,H,N] float32).
@@ -99,7 +101,9 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tens
     bias = None if visible is None else torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -torch.inf)
     causal = visible is None
     if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+        )
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # the CUDA kernels know no grouped heads
     if causal and q.dtype in (torch.float16, torch.bfloat16):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[:2]
@@ -128,12 +132,14 @@ def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
 
 
 AttentionInterface.register("recording", _attend)
-AttentionMaskInterface.register("recording", sdpa_mask)  # without it sliding-window layers would silently see everything
+AttentionMaskInterface.register(
+    "recording", sdpa_mask
+)  # without it sliding-window layers would silently see everything
 
 
 @contextmanager
 def record(model, layers: list[int]) -> Iterator[dict[int, Recorded]]:
-    """Within the context, a forward pass without gradient fills the dict {layer: Recorded}; afterwards the model is as before.
+    """Within the context, a forward pass without gradient fills the dict {layer: Recorded}; then all is as before.
 
     Raises ValueError on leaving if the pass recorded nothing for a wanted layer (a model without such attention).
     """

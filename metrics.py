@@ -32,7 +32,7 @@ class Signals(NamedTuple):
 
 
 def waad(local_map: Tensor, mask: Tensor, window: int = 10) -> Tensor:
-    """Eq. 9, the definition: windowed average attention distance, in tokens from 0 to window. Peaks mark preplan tokens.
+    """Eq. 9, the definition: windowed average attention distance, from 0 to window tokens. Its peaks: preplan tokens.
 
     local_map [B,N,N] (row t, column s), the mean map of the local heads; mask [B,N]. Returns [B,N].
 

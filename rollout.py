@@ -1,7 +1,7 @@
-"""actor_infer: the sampler. VLLMActor is the real one; TorchActor does the same with transformers where vLLM is missing.
+"""actor_infer: the sampler. VLLMActor is the real one; TorchActor does the same where vLLM is not installed.
 
-Both sample at the model's own distribution (temperature 1 unless told, no top-p, no top-k) and return the log-probability
-of each token under that distribution, so that the trainer can measure how far apart the two engines are at every step.
+Both sample the model's own distribution (temperature 1 unless told, no top-p, no top-k) and return each token's
+log-probability under it, so that the trainer can measure at every step how far apart sampler and trainer are.
 """
 
 import os
@@ -61,7 +61,7 @@ def encode(tokenizer, prompts: list[str], max_tokens: int, context: int) -> list
 class VLLMActor:
     """vLLM inside this process, so that reload() can hand the trainer's tensors over without a copy through disk.
 
-    `kv_cache_bytes` is given outright, because vLLM's default share of the memory does not know what training will need.
+    kv_cache_bytes is given outright, because vLLM's default share of memory does not know what training will need.
     """
 
     def __init__(self, path: str, context: int = 512, seed: int = 0, kv_cache_bytes: int = 512 * 2**20):
@@ -100,8 +100,7 @@ class VLLMActor:
             SamplingParams(n=n, max_tokens=max_tokens, temperature=temperature, logprobs=0, detokenize=False),
             use_tqdm=progress,
         )
-        return [[self._rollout(ids, o) for o in sorted(out.outputs, key=lambda o: o.index)]
-                for ids, out in zip(encoded, outputs)]  # fmt: skip
+        return [[self._rollout(ids, o) for o in out.outputs] for ids, out in zip(encoded, outputs)]
 
     def _rollout(self, prompt_ids: list[int], output) -> Rollout:
         ids = list(output.token_ids)
@@ -123,7 +122,7 @@ class VLLMActor:
 
 
 def _repack_head(model) -> None:
-    """vLLM's CPU build keeps a packed copy of the output head, which its reload misses when the embedding is tied to it."""
+    """vLLM's CPU build packs the output head, and its reload misses the packed copy when the embedding is tied to it."""
     model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
@@ -148,25 +147,32 @@ class TorchActor:
 
     def _batch(self, encoded: list[list[int]], max_tokens: int, temperature: float) -> list[Rollout]:
         width = max(map(len, encoded))
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        fill = eos if pad is None else pad
-        ids = torch.tensor([[fill] * (width - len(row)) + row for row in encoded], device=self.model.device)  # left
+        ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id  # some models have several
+        ends = ends if isinstance(ends, list) else [ends]
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else ends[0]
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=self.model.device)  # left
         attend = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=self.model.device)
-        how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+        # Each is said outright: what is not said comes from the model's generation_config.json (top_k 20, say).
+        how = dict(do_sample=temperature > 0, top_k=0, top_p=1.0, min_p=None, repetition_penalty=1.0)
+        if temperature > 0:
+            how["temperature"] = temperature
         out = self.model.generate(
-            ids, attention_mask=attend, max_new_tokens=max_tokens, pad_token_id=fill,
+            ids, attention_mask=attend, max_new_tokens=max_tokens, pad_token_id=pad, eos_token_id=ends,
             return_dict_in_generate=True, output_logits=True, **how,
         )  # fmt: skip
         new = out.sequences[:, width:]  # [B,T]
-        scale = temperature or 1.0
-        chosen = [(step.float() / scale).log_softmax(-1).gather(1, t[:, None])[:, 0] for step, t in zip(out.logits, new.T)]
-        logprobs = torch.stack(chosen, 1)  # [B,T]
+        logprobs = torch.stack(
+            [
+                (step.float() / (temperature or 1.0)).log_softmax(-1).gather(1, token[:, None])[:, 0]
+                for step, token in zip(out.logits, new.T)
+            ],
+            1,
+        )  # [B,T]
         rollouts = []
         for prompt_ids, row, lp in zip(encoded, new.tolist(), logprobs.tolist()):
-            ended = eos in row
-            length = row.index(eos) + 1 if ended else len(row)
+            length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
             text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
-            rollouts.append(Rollout(prompt_ids, row[:length], lp[:length], text, not ended))
+            rollouts.append(Rollout(prompt_ids, row[:length], lp[:length], text, row[length - 1] not in ends))
         return rollouts
 
     def reload(self, model) -> None:

@@ -22,7 +22,7 @@ TINY_PROMPT = "{numbers}>{target}\n<think>"
 
 @dataclass(frozen=True)
 class Countdown:
-    """What a variant of the task draws from: how many numbers, the largest of them, the prompt, the sizes of its splits."""
+    """What a variant draws from: how many numbers, the largest of them, the prompt, the sizes of its splits."""
 
     sizes: tuple[int, ...]
     largest: int

@@ -1,17 +1,16 @@
-"""The embedded default: a character-level Qwen3 with about 1.4 million weights that plays Countdown with three small numbers.
+"""The embedded default: a character-level Qwen3 of 1.4 million weights that plays Countdown with three small numbers.
 
     python tiny.py            makes assets/tiny again from nothing
 
-A base model for RL must already be able to succeed sometimes. This one is warm-started on made-up traces of an honest but
-careless searcher: it tries a combination, writes the results, judges it y or n, and after an n either tries another or
-gives up and answers anyway.
+RL needs a model that succeeds sometimes. This one is warm-started on made-up traces of an honest but careless searcher,
+who tries a combination, writes its results, judges it y or n, and after an n tries another or gives up and answers.
 
     3 7 5>38
     <think>7-3=4,5*4=20n
     7*5=35,35+3=38y</think><answer>(7*5)+3</answer>
 
-Which combination to try next and whether to go on are real choices, which the traces make badly (mostly at random) and RL
-can make well; arithmetic, judgement and answering are skills, which the traces always show done right.
+Which combination to try next and whether to go on are real choices, which the traces make badly (mostly at random) and
+RL can make well; arithmetic, judgement and answering are skills, which the traces always show done right.
 """
 
 import random
@@ -81,7 +80,9 @@ def config() -> Qwen3Config:
     )
 
 
-def trace(rng: random.Random, task: str = "countdown-tiny", guided: float = 0.15, give_up: float = 0.25) -> tuple[str, str]:
+def trace(
+    rng: random.Random, task: str = "countdown-tiny", guided: float = 0.15, give_up: float = 0.25
+) -> tuple[str, str]:
     """A training problem's prompt and one search for its solution."""
     spec = tasks.TASKS[task]
     while True:
@@ -114,12 +115,16 @@ def main(args: Args) -> None:
         torch.optim.AdamW(others, args.lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True),
     ]
     schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(o, args.lr, args.steps, pct_start=0.1, cycle_momentum=False) for o in optimizers
+        torch.optim.lr_scheduler.OneCycleLR(o, args.lr, args.steps, pct_start=0.1, cycle_momentum=False)
+        for o in optimizers
     ]
     bar = tqdm(range(args.steps), desc="warm start")
     for step in bar:
         if step % 16 == 0:  # sixteen batches at a time, sorted by length: little padding
-            pool = [[tok(s).input_ids for s in trace(rng, guided=args.guided, give_up=args.give_up)] for _ in range(16 * args.batch)]
+            pool = [
+                [tok(s).input_ids for s in trace(rng, guided=args.guided, give_up=args.give_up)]
+                for _ in range(16 * args.batch)
+            ]
             pool.sort(key=lambda pair: sum(map(len, pair)))
             batches = [pool[i : i + args.batch] for i in range(0, len(pool), args.batch)]
             rng.shuffle(batches)
@@ -130,7 +135,9 @@ def main(args: Args) -> None:
         labels = ids.masked_fill(
             (t < torch.tensor([[n] for _, n in rows])) | (t >= torch.tensor([[len(ids)] for ids, _ in rows])), -100
         )  # the prompt is noise: only the response is learned
-        loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+        loss = F.cross_entropy(
+            model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+        )
         loss = loss / (70 * args.batch)  # not the batch's own tokens: short traces, the lucky ones, would count double
         model.zero_grad()
         loss.backward()

@@ -13,16 +13,13 @@ Where this departs from the paper, and why:
 """
 
 import json
-import logging
-import math
-import os
 import random
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +30,7 @@ from transformers.hf_argparser import HfArg
 import credit
 import tasks
 from eval import evaluate, mean_interval
-from grpo import clipped_loss, group_advantages, shape_advantages, token_logprobs
+from grpo import group_advantages, micro_batches, shape_advantages, token_logprobs, update
 from heads import Heads, layer_range
 from metrics import Signals, observe
 from rollout import encode, load_model, pack, start_actor
@@ -80,48 +77,25 @@ class Args:
     eval_every: int = HfArg(default=0, help="Steps between evaluations; 0 is before and after only.")
 
 
-class Batch(NamedTuple):
-    """What is known of each rollout before scoring: [R,N] tensors, right-padded, but advantages [R]."""
-
-    input_ids: Tensor
-    mask: Tensor
-    sampled: Tensor  # the sampler's log-probs
-    advantages: Tensor
-
-    def micro_batches(self, rows: Tensor, size: int) -> list[Tensor]:
-        """The rows in groups of similar length, so that little of a pass is padding."""
-        return list(rows[self._ends()[rows].argsort(stable=True)].split(size))
-
-    def _ends(self) -> Tensor:
-        return (self.mask * torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)).amax(1)
-
-    def width(self, rows: Tensor) -> int:
-        """How much of N the longest of the rows takes."""
-        return int(self._ends()[rows].max())
-
-
-def score(args: Args, model, batch: Batch, rows: Tensor, heads: Heads | None) -> Signals:
-    """The scoring pass over some rows: pi_old and entropy and, where the credit needs a head split, WAAD and FAI; [R,N]."""
-    out, seconds = torch.zeros(4, *batch.mask.shape, device=batch.mask.device), 0.0
-    for index in batch.micro_batches(rows, args.micro_batch):
-        n = batch.width(index)
-        ids, mask = batch.input_ids[index, :n], batch.mask[index, :n]
+def score(args: Args, model, input_ids: Tensor, mask: Tensor, rows: Tensor, heads: Heads | None) -> Signals:
+    """The scoring pass over some rows: pi_old, entropy and, where credit needs a head split, WAAD and FAI; [R,N]."""
+    out, seconds = torch.zeros(4, *mask.shape, device=mask.device), 0.0
+    for index, n in micro_batches(mask, rows, args.micro_batch):
+        part = input_ids[index, :n], mask[index, :n]
         if heads:
-            signals = observe(model, ids, mask, heads, args.window, horizon(args))
+            signals = observe(model, *part, heads, args.window, horizon(args))
             out[:, index, :n] = torch.stack(signals[:4])
             seconds += signals.seconds
         else:
             with torch.no_grad():
-                out[:2, index, :n] = torch.stack(token_logprobs(model, ids, mask, entropy=True))
+                out[:2, index, :n] = torch.stack(token_logprobs(model, *part, entropy=True))
     return Signals(*out, heads, seconds)
 
 
-def measure_heads(args: Args, model, batch: Batch, rows: Tensor) -> Heads:
-    """The head split, from a sample of the rows: spans are averages."""
-    n = batch.width(rows)
+def measure_heads(args: Args, model, input_ids: Tensor, mask: Tensor) -> Heads:
+    """The head split as these rollouts show it; spans are averages, so a sample of the batch will do."""
     layers = layer_range(model.config.get_text_config().num_hidden_layers, args.layers)
-    ids, mask = batch.input_ids[rows, :n], batch.mask[rows, :n]
-    heads = observe(model, ids, mask, None, args.window, horizon(args), layers, args.quantile).heads
+    heads = observe(model, input_ids, mask, None, args.window, horizon(args), layers, args.quantile).heads
     every = torch.ones_like(heads.local)
     return heads._replace(local=every, far=every) if args.all_heads else heads
 
@@ -151,27 +125,6 @@ def gammas(args: Args, signals: Signals, mask: Tensor, generator: torch.Generato
     return credit.on_produced(gamma, mask) if args.on_produced else gamma
 
 
-def update(args: Args, model, optimizer, batch: Batch, old: Tensor, shaped: Tensor, order: Tensor) -> dict[str, float]:
-    """args.updates gradient steps, each on an equal share of the rollouts; rows of zero advantage only count."""
-    losses, norms = [], []
-    for minibatch in order.chunk(args.updates):
-        loss = 0.0
-        for index in batch.micro_batches(minibatch[batch.advantages[minibatch] != 0], args.micro_batch):
-            n = batch.width(index)
-            mask = batch.mask[index, :n]
-            logprobs, _ = token_logprobs(model, batch.input_ids[index, :n], mask)
-            part = clipped_loss(
-                logprobs, old[index, :n], shaped[index, :n], mask, args.epsilon, responses=len(minibatch)
-            )
-            part.backward()
-            loss += part.item()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
-        losses.append(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-    return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
-
-
 class Clock:
     """Seconds by phase of a step: with clock("generate"): ..."""
 
@@ -190,7 +143,9 @@ class Clock:
 def check(args: Args) -> None:
     """Raise ValueError for arguments that cannot work, before anything long is started."""
     if args.group < 2:
-        raise ValueError(f"--group {args.group}: an advantage compares responses to one problem, so it needs two or more")
+        raise ValueError(
+            f"--group {args.group}: an advantage compares responses to one problem, so it needs two or more"
+        )
     if not 1 <= args.updates <= args.prompts * args.group:
         raise ValueError(f"--updates {args.updates}: from 1 to the {args.prompts * args.group} rollouts of a batch")
     if len(args.horizon) not in (1, 2) or args.horizon[0] < 0 or args.horizon[0] > args.horizon[-1]:
@@ -250,24 +205,25 @@ GAP_LIMIT = {"cpu": 0.01, "cuda": 0.3}
 
 def main(args: Args) -> None:
     started = time.perf_counter()
+    needs_heads = args.credit in ("coupled", "local", "global")
     try:
         check(args)
         train_set = tasks.load(args.task, "train", seed=args.seed)
         test_set = tasks.load(args.task, "test", args.eval_problems)
         model, tokenizer = load_model(args.model)
         encode(tokenizer, [p.prompt for p in train_set + test_set], args.max_tokens, args.context)
-        if needs_heads := args.credit in ("coupled", "local", "global"):
+        if needs_heads:  # a model without recordable attention says so now
             probe = torch.tensor([[0, 1, 2]], device=model.device)
-            observe(model, probe, probe > 0)  # a model without recordable attention says so now
+            observe(model, probe, probe > 0)
         folder = new_run_folder(args)
     except ValueError as e:
         sys.exit(f"error: {e}")
-    print(f"starting {args.engine} and warming it up (its first call is slow)", flush=True)
-    actor = start_actor(args.engine, args.model, args.context, args.seed, model, tokenizer)
+
+    print(f"{folder}: starting {args.engine} and warming it up (its first call is slow)", flush=True)
+    actor_infer = start_actor(args.engine, args.model, args.context, args.seed, model, tokenizer)
     set_seed(args.seed)  # after the engine, which seeds the global generators too
     generator, rng = torch.Generator().manual_seed(args.seed), random.Random(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=True)
-    pad = tokenizer.pad_token_id or 0
     log, heads, pool = [], None, []
 
     def write(record: dict) -> None:
@@ -276,71 +232,80 @@ def main(args: Args) -> None:
             f.write(json.dumps(record) + "\n")
 
     def held_out(step: int) -> Tensor:
-        per_problem = evaluate(actor, test_set, args.eval_samples, args.max_tokens)[1].mean(1)
+        per_problem = evaluate(actor_infer, test_set, args.eval_samples, args.max_tokens)[1].mean(1)
         mean, half = mean_interval(per_problem)
         write({"step": step, "success": mean, "half_width_95": half})
         plot(folder, log)
         return per_problem
 
-    actor.generate([p.prompt for p in train_set[: args.prompts]], args.group, args.max_tokens)
+    actor_infer.generate([p.prompt for p in train_set[: args.prompts]], args.group, args.max_tokens)
     before = held_out(0)
     print(f"held-out success before: {100 * before.mean():.1f} %", flush=True)
 
-    bar = tqdm(range(1, args.steps + 1), desc=args.credit)
-    for step in bar:
+    for step in (bar := tqdm(range(1, args.steps + 1), desc=args.credit)):
         clock = Clock()
         if len(pool) < args.prompts:
             pool += rng.sample(train_set, len(train_set))
         problems, pool = pool[: args.prompts], pool[args.prompts :]
 
         with clock("generate"):
-            rollouts = actor.generate([p.prompt for p in problems], args.group, args.max_tokens)
-        rewards = torch.tensor([[tasks.reward(p, r.text) for r in group] for p, group in zip(problems, rollouts)])
-        advantages = group_advantages(rewards)  # [prompts,G]
+            rollouts = actor_infer.generate([p.prompt for p in problems], args.group, args.max_tokens)  # [P][G]
+            rewards = torch.tensor([[tasks.reward(p, r.text) for r in group] for p, group in zip(problems, rollouts)])
+        advantages = group_advantages(rewards).flatten().to(model.device)  # [R], R = P * G
         flat = [r for group in rollouts for r in group]
-        batch = Batch(*(x.to(model.device) for x in (*pack(flat, pad), advantages.flatten())))
-        rows = batch.advantages.nonzero()[:, 0]
-        if idle := len(rows) == 0:
-            rows = torch.arange(args.group)  # nothing to learn from, but the gap is still measured
+        input_ids, mask, sampled = (x.to(model.device) for x in pack(flat, pad=tokenizer.pad_token_id or 0))  # [R,N]
+        rows = advantages.nonzero()[:, 0]  # groups of equal reward teach nothing and are not scored
+        order = torch.randperm(len(flat), generator=generator).to(model.device)
+        idle = len(rows) == 0
+        if idle:
+            rows = order[: args.group]  # the gap is measured all the same
 
         with clock("score"):
-            order = torch.randperm(len(flat), generator=generator)
             if needs_heads and (step - 1) % args.heads_every == 0:
-                sample = rows[torch.randperm(len(rows), generator=generator)[: args.micro_batch]]
-                heads = measure_heads(args, model, batch, sample)
-            signals = score(args, model, batch, rows, heads)
+                sample = order[torch.isin(order, rows)][: args.micro_batch]
+                heads = measure_heads(args, model, input_ids[sample], mask[sample])
+            signals = score(args, model, input_ids, mask, rows, heads)
         with clock("credit"):
-            gamma = gammas(args, signals, batch.mask, generator)
-            shaped = shape_advantages(batch.advantages, gamma, args.sign)
+            gamma = gammas(args, signals, mask, generator)
+            shaped = shape_advantages(advantages, gamma, args.sign)  # [R,N]
+        clock.seconds["score"] -= signals.seconds  # WAAD and FAI are made inside the scoring pass
+        clock.seconds["credit"] += signals.seconds
 
         with clock("update"):
-            for g in optimizer.param_groups:
-                g["lr"] = args.lr * min(1, step / 5)
-            learned = {} if idle else update(args, model, optimizer, batch, signals.logprobs, shaped, order)
+            optimizer.param_groups[0]["lr"] = args.lr * min(1, step / 5)
+            minibatches = order.chunk(args.updates)
+            learned = {} if idle else update(
+                model, optimizer, input_ids, mask, signals.logprobs, shaped, minibatches, args.micro_batch, args.epsilon
+            )  # fmt: skip
         with clock("reload"):
-            actor.reload(model)
+            actor_infer.reload(model)
 
-        clock.seconds["score"] -= signals.seconds
-        clock.seconds["credit"] += signals.seconds
-        total = sum(clock.seconds.values())
-        tokens = int(batch.mask.sum())
-        scored = batch.mask[rows]
-        gap = (batch.sampled - signals.logprobs)[rows][scored].abs()
-        write(
-            {"step": step, "reward": rewards.mean().item(), **learned,
-             "entropy": signals.entropy[rows][scored].mean().item(), "gap_mean": gap.mean().item(),
-             "gap_max": gap.max().item(), "gamma": gamma[rows][scored].mean().item(), "length": tokens / len(flat),
-             "truncated": sum(r.truncated for r in flat), "empty": sum(not r.text for r in flat),
-             "within_horizon": sum(len(r.ids) <= args.horizon[0] for r in flat),
-             "equal_groups": int((advantages == 0).all(1).sum()), "tokens_per_s": tokens / total,
-             "seconds": clock.seconds}
-        )  # fmt: skip
-        bar.set_postfix(reward=f"{rewards.mean():.2f}", gap=f"{gap.mean():.0e}", entropy=f"{log[-1]['entropy']:.2f}",
-                        tok_s=f"{tokens / total:.0f}")  # fmt: skip
-        if gap.mean() > GAP_LIMIT[model.device.type]:
+        scored, total = mask[rows], sum(clock.seconds.values())
+        gap = (sampled - signals.logprobs)[rows][scored].abs()
+        record = {
+            "step": step,
+            "reward": rewards.mean().item(),
+            **learned,
+            "entropy": signals.entropy[rows][scored].mean().item(),
+            "gap_mean": gap.mean().item(),
+            "gap_max": gap.max().item(),
+            "gamma": gamma[rows][scored].mean().item(),
+            "length": mask.sum().item() / len(flat),
+            "truncated": sum(r.truncated for r in flat),
+            "empty": sum(not r.text for r in flat),
+            "within_horizon": sum(len(r.ids) <= args.horizon[0] for r in flat),  # too short to have an anchor
+            "equal_groups": int((rewards == rewards[:, :1]).all(1).sum()),
+            "tokens_per_s": mask.sum().item() / total,
+            "seconds": clock.seconds,
+        }
+        write(record)
+        shown = {"reward": ".2f", "gap_mean": ".0e", "entropy": ".2f", "tokens_per_s": ".0f"}
+        bar.set_postfix({name: format(record[name], how) for name, how in shown.items()})
+        if record["gap_mean"] > GAP_LIMIT[model.device.type]:
             sys.exit(
-                f"error: step {step}: the sampler's log-probabilities differ from the trainer's by {gap.mean():.3f} on "
-                f"average, more than rounding can explain: its weights were not reloaded. Log: {folder}/metrics.jsonl"
+                f"error: step {step}: the sampler's log-probabilities differ from the trainer's by "
+                f"{record['gap_mean']:.3f} on average, more than rounding can explain: its weights were not reloaded. "
+                f"The log is {folder}/metrics.jsonl"
             )
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
             held_out(step)
@@ -348,16 +313,16 @@ def main(args: Args) -> None:
     model.save_pretrained(folder / "checkpoint")
     tokenizer.save_pretrained(folder / "checkpoint")
     after = held_out(args.steps)
-    gain, half = mean_interval(after - before)
     phases = [r["seconds"] for r in log if "seconds" in r]
     share = {name: sum(p[name] for p in phases) for name in phases[0]}
-    print("time: " + ", ".join(f"{n} {100 * s / sum(share.values()):.1f} %" for n, s in share.items()))
+    print("time: " + ", ".join(f"{name} {100 * s / sum(share.values()):.1f} %" for name, s in share.items()))
+    gain, half = mean_interval(after - before)
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
     print(
         f"held-out success {100 * before.mean():.1f} % -> {100 * after.mean():.1f} %, {100 * gain:+.1f} points "
         f"(95 % interval {100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}), {minutes} min {seconds} s: {folder}"
     )
-    actor.close()
+    actor_infer.close()
 
 
 if __name__ == "__main__":

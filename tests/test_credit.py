@@ -126,7 +126,7 @@ def test_controls_credit_the_right_number_of_tokens():
 
 def test_bad_arguments_are_named():
     mask = torch.tensor([[False, True]])
-    with pytest.raises(ValueError, match="q = 1.5"):
+    with pytest.raises(ValueError, match=r"q = 1\.5"):
         credit.random_tokens(mask, q=1.5)
     with pytest.raises(ValueError, match="k = 0"):
         credit.coupled_rhythm(torch.zeros(1, 2), torch.zeros(1, 2), mask, k=0)

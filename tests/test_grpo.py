@@ -75,7 +75,9 @@ def test_parts_of_a_batch_add_up_and_zero_rows_may_be_left_out():
 
 def test_sign():
     a, gamma = torch.tensor([1.0, -1.0]), torch.tensor([[2.0], [2.0]])
-    shaped = {sign: grpo.shape_advantages(a, gamma, sign).flatten().tolist() for sign in ("both", "positive", "negative")}
+    shaped = {
+        sign: grpo.shape_advantages(a, gamma, sign).flatten().tolist() for sign in ("both", "positive", "negative")
+    }
     assert shaped == {"both": [2, -2], "positive": [2, -1], "negative": [1, -2]}
     with pytest.raises(ValueError, match="unknown sign"):
         grpo.shape_advantages(a, gamma, "up")

@@ -1,11 +1,21 @@
-"""Spans, WAAD and FAI: definitions against loops from Eq. 7-10, and the mapless ones against transformers' eager maps."""
+"""Spans, WAAD and FAI: definitions against loops from Eq. 7-10; without maps against transformers' eager maps."""
 
 import pytest
 import torch
 from transformers import (
-    Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, MambaConfig,
-    MambaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM,
-)  # fmt: skip
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import heads
 import metrics
@@ -125,7 +135,7 @@ def test_streams_equal_definitions_on_random_shapes(seed):
 
 def test_recording_changes_nothing_and_leaves_nothing():
     model = llm(*MODELS["qwen3"][:2], head_dim=16)
-    ids, mask = ragged([(5, 40), (9, 3)], 50)
+    ids, _ = ragged([(5, 40), (9, 3)], 50)
     before = model(ids).logits
     with torch.no_grad(), heads.record(model, [2, 3]) as recorded:
         during = model(ids).logits
@@ -137,7 +147,7 @@ def test_recording_changes_nothing_and_leaves_nothing():
 def test_models_without_plain_softmax_attention_are_refused():
     ids, mask = ragged([(3, 9)], 12)
     mamba = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=6, state_size=4))
-    with pytest.raises(ValueError, match="Mamba.*--credit uniform"):
+    with pytest.raises(ValueError, match=r"Mamba.*--credit uniform"):
         metrics.observe(mamba, ids, mask)
     with pytest.raises(ValueError, match=r"Gemma2.*soft-caps"):
         metrics.observe(llm(Gemma2Config, Gemma2ForCausalLM, head_dim=16), ids, mask)

@@ -11,7 +11,20 @@ import eval as evaluation
 import rollout
 import train
 
-SMALL = ["--steps", "3", "--prompts", "6", "--group", "4", "--updates", "2", "--eval_problems", "16", "--max_tokens", "96"]
+SMALL = [
+    "--steps",
+    "3",
+    "--prompts",
+    "6",
+    "--group",
+    "4",
+    "--updates",
+    "2",
+    "--eval_problems",
+    "16",
+    "--max_tokens",
+    "96",
+]
 
 
 def run(*argv):
@@ -40,7 +53,9 @@ def test_a_run_with_vllm(tmp_path, capsys):
 
     before, after = (AutoModelForCausalLM.from_pretrained(p) for p in ("assets/tiny", tmp_path / "run" / "checkpoint"))
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint")) == len(AutoTokenizer.from_pretrained("assets/tiny"))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint")) == len(
+        AutoTokenizer.from_pretrained("assets/tiny")
+    )
 
     out = tmp_path / "scores" / "eval.json"
     evaluation.main(evaluation.Args(model=str(tmp_path / "run" / "checkpoint"), problems=8, k=2, out=str(out)))
@@ -76,7 +91,18 @@ def test_every_credit_and_ablation_trains(extra, tmp_path):
 
 def test_a_run_repeats_itself_and_micro_batches_do_not_matter(tmp_path):
     for name, micro in (("a", 64), ("b", 64), ("c", 5)):
-        run("--engine", "torch", "--out", tmp_path / name, "--micro_batch", micro, "--heads_every", 99, "--credit", "random")
+        run(
+            "--engine",
+            "torch",
+            "--out",
+            tmp_path / name,
+            "--micro_batch",
+            micro,
+            "--heads_every",
+            99,
+            "--credit",
+            "random",
+        )
     a, b, c = ([{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in records(tmp_path / x)]
                for x in "abc")  # fmt: skip
     assert a == b
