@@ -95,7 +95,7 @@ def update(
     old_logprobs: Tensor,
     advantages: Tensor,
     minibatches: list[Tensor],
-    micro_batch: int = 64,
+    micro_batch: int = 16,
     epsilon: float = 0.2,
 ) -> dict[str, float]:
     """One gradient step on each minibatch (row numbers) of a batch of rollouts, in passes of micro_batch rows.

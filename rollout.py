@@ -5,6 +5,7 @@ log-probability under it, so that the trainer can measure at every step how far 
 """
 
 import os
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -69,10 +70,11 @@ class VLLMActor:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         try:
             from vllm import LLM
         except ImportError as e:
-            raise RuntimeError(f"vLLM cannot be imported ({e}): install requirements.txt, or use --engine torch") from e
+            raise ValueError(f"vLLM cannot be imported ({e}): install requirements.txt, or use --engine torch") from e
         on_gpu = torch.cuda.is_available()
         self.context = context
         self.llm = LLM(
@@ -84,6 +86,7 @@ class VLLMActor:
             kv_cache_memory_bytes=kv_cache_bytes,
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             seed=seed,
         )
         self.tokenizer = self.llm.get_tokenizer()

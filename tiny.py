@@ -14,6 +14,7 @@ RL can make well; arithmetic, judgement and answering are skills, which the trac
 """
 
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen3Config,
 from transformers.hf_argparser import HfArg
 
 import tasks
+from rollout import TorchActor
 
 CHARACTERS = "0123456789+-*/()=,>yn \n"
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
@@ -104,6 +106,20 @@ def trace(
     return prompt, f"{think}</think><answer>{tries[-1][2]}</answer>"
 
 
+def skills(model, problems: list[tasks.Problem]) -> dict[str, float]:
+    """Shares of sampled answers that are right, of results in them that are, and of judgements (y or n) that are."""
+    groups = TorchActor(model, tokenizer()).generate([p.prompt for p in problems], n=2, max_tokens=128, progress=True)
+    pairs = [(p, r.text) for p, group in zip(problems, groups) for r in group]
+    results = [x for _, text in pairs for x in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", text)]
+    judged = [(p.target == int(value), y == "y") for p, text in pairs for value, y in re.findall(r"=(\d+)([ny])", text)]
+    worth = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": lambda a, b: a / b if b else None}
+    return {
+        "success": sum(tasks.reward(p, text) for p, text in pairs) / len(pairs),
+        "arithmetic": sum(worth[op](int(a), int(b)) == int(c) for a, op, b, c in results) / len(results),
+        "judgement": sum(true == said for true, said in judged) / len(judged),
+    }
+
+
 def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     rng, tok, model = random.Random(args.seed), tokenizer(), Qwen3ForCausalLM(config())
@@ -148,7 +164,8 @@ def main(args: Args) -> None:
     model.save_pretrained(args.out)
     tok.save_pretrained(args.out)
     size = sum(f.stat().st_size for f in Path(args.out).iterdir()) / 1e6
-    print(f"{model.num_parameters():,} weights, {size:.1f} MB, final loss {loss.item():.3f}: {args.out}")
+    shares = ", ".join(f"{k} {100 * v:.1f} %" for k, v in skills(model, tasks.load("countdown-tiny")).items())
+    print(f"{model.num_parameters():,} weights, {size:.1f} MB, held-out {shares}: {args.out}")
 
 
 if __name__ == "__main__":
