@@ -100,8 +100,8 @@ def update(
 ) -> dict[str, float]:
     """One gradient step on each minibatch (row numbers) of a batch of rollouts, in passes of micro_batch rows.
 
-    All [B,N], advantages shaped. Rows whose advantages are all 0 count in the mean but are not computed; this is exact,
-    for their gradient is 0. Gradients are clipped to norm 1. Returns the means over the steps of loss and gradient norm.
+    All [B,N], advantages shaped. Rows whose advantages are all 0 count in the mean but are not computed: exact, for
+    their gradient is 0. Gradients are clipped to norm 1. Returns the means over the steps of loss and gradient norm.
     """
     losses, norms = [], []
     for minibatch in minibatches:

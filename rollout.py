@@ -125,7 +125,7 @@ class VLLMActor:
 
 
 def _repack_head(model) -> None:
-    """vLLM's CPU build packs the output head, and its reload misses the packed copy when the embedding is tied to it."""
+    """vLLM's CPU build packs the output head, and its reload misses the packed copy of a head tied to the embedding."""
     model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 

@@ -41,7 +41,7 @@ class Args:
     steps: int = HfArg(default=1800, help="Optimizer steps.")
     batch: int = HfArg(default=64, help="Traces in a step.")
     lr: float = HfArg(default=3e-3, help="Peak learning rate.")
-    guided: float = HfArg(default=0.15, help="Share of tries that are the known solution.")
+    guided: float = HfArg(default=0.2, help="Share of tries that are the known solution.")
     give_up: float = HfArg(default=0.25, help="Chance to give up after a failed try.")
     seed: int = HfArg(default=0, help="Seed of the weights and the traces.")
 
@@ -75,6 +75,7 @@ def config() -> Qwen3Config:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},  # for sequences of 150, not of 40,000
         tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=None,
@@ -83,7 +84,7 @@ def config() -> Qwen3Config:
 
 
 def trace(
-    rng: random.Random, task: str = "countdown-tiny", guided: float = 0.15, give_up: float = 0.25
+    rng: random.Random, task: str = "countdown-tiny", guided: float = 0.2, give_up: float = 0.25
 ) -> tuple[str, str]:
     """A training problem's prompt and one search for its solution."""
     spec = tasks.TASKS[task]
@@ -123,12 +124,15 @@ def skills(model, problems: list[tasks.Problem]) -> dict[str, float]:
 def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     rng, tok, model = random.Random(args.seed), tokenizer(), Qwen3ForCausalLM(config())
+    for layer in model.model.layers:  # with Qwen3's unit norms no score exceeds 5.7: heads would stay blurred
+        torch.nn.init.constant_(layer.self_attn.q_norm.weight, 2.0)
+        torch.nn.init.constant_(layer.self_attn.k_norm.weight, 2.0)
     # Muon for the matrices: the same loss in a quarter of AdamW's steps here. AdamW for embedding and norms, as always.
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
         torch.optim.Muon(matrices, args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, args.lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True),
+        torch.optim.AdamW(others, args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     schedules = [
         torch.optim.lr_scheduler.OneCycleLR(o, args.lr, args.steps, pct_start=0.1, cycle_momentum=False)
