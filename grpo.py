@@ -6,6 +6,7 @@ entropy bonus, as in the paper. Only torch is needed.
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
@@ -55,36 +56,68 @@ def clipped_loss(
     return -per_response.sum() / (responses or len(mask))
 
 
+CHUNK = 2**26  # float32 logits held at a time, 256 MiB: a vocabulary of 152,000 is taken 441 tokens at a time
+
+
 def token_logprobs(model, input_ids: Tensor, mask: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each response token and, if asked, the entropy (nats) of the distribution it came from.
 
     input_ids [B,N] right-padded, mask [B,N] bool. No attention mask is needed: padding lies after every real token,
-    where causal attention never looks. Logits are made only from the first response token on, and log-softmaxed in
-    float32 only where the mask is. Returns ([B,N], [B,N] or None), 0 outside the mask. The temperature is 1.
+    where causal attention never looks. Logits are made only where the mask is, and never all at once: the output head
+    runs chunk by chunk, in the backward pass again. Returns ([B,N], [B,N] or None), 0 outside the mask. Temperature 1.
     """
     if mask[:, 0].any():
         raise ValueError("mask marks token 0, which nothing comes before: every response needs a prompt")
-    out = torch.zeros(mask.shape, device=mask.device)
-    if not mask.any():
-        return out, out if entropy else None
-    first = int(mask.any(0).int().argmax())  # no row has a response token before it
-    keep = mask.shape[1] - first + 1
-    logits = model(input_ids=input_ids, logits_to_keep=keep, use_cache=False).logits[:, :-1]  # [B,keep-1,V]
-    chosen = logits[mask[:, first:]].float().log_softmax(-1)  # [tokens,V]
-    logprobs = out.masked_scatter(mask, chosen.gather(1, input_ids[mask][:, None])[:, 0])
-    return logprobs, out.masked_scatter(mask, -(chosen.exp() * chosen).sum(-1)) if entropy else None
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]  # [B,N-1,d]
+    hidden, ids = hidden[mask[:, 1:]], input_ids[mask]  # [tokens,d], [tokens]: the state that produced each token
+    head = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma's
+
+    def chunk(h: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(h).float()
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        logp = logits.log_softmax(-1)
+        chosen = logp.gather(1, i[:, None])[:, 0]
+        return chosen, -(logp.exp() * logp).sum(-1) if entropy else chosen.detach()
+
+    size = max(1, CHUNK // head.weight.shape[0])
+    if len(ids) > size:
+        parts = [checkpoint(chunk, h, i, use_reentrant=False) for h, i in zip(hidden.split(size), ids.split(size))]
+        chosen, uncertainty = (torch.cat(x) for x in zip(*parts))
+    else:
+        chosen, uncertainty = chunk(hidden, ids)
+    zero = torch.zeros(mask.shape, device=mask.device)
+    return zero.masked_scatter(mask, chosen), zero.masked_scatter(mask, uncertainty) if entropy else None
 
 
-def micro_batches(mask: Tensor, rows: Tensor, size: int) -> list[tuple[Tensor, int]]:
-    """The rows in groups of similar length, so that little of a pass is padding, each with how many columns it needs.
+def check_head(model) -> None:
+    """Raise ValueError if the model does to its logits what token_logprobs does not (scale them, say)."""
+    ids = torch.tensor([[0, 1, 2, 3]], device=next(model.parameters()).device)
+    with torch.no_grad():
+        ours = token_logprobs(model, ids, ids > 0)[0][:, 1:]
+        own = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    if not torch.allclose(ours, own, atol=1e-2):
+        raise ValueError(f"{type(model).__name__} changes its logits after the output head: grpo.py cannot score it")
+
+
+def micro_batches(mask: Tensor, rows: Tensor, tokens: int) -> list[tuple[Tensor, int]]:
+    """The rows in groups of similar length that fill a pass of so many tokens, each with how many columns it needs.
+
+    Padding counts. A row longer than that gets a pass of its own.
 
     >>> mask = torch.tensor([[0, 1, 1, 1], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 0]]).bool()
-    >>> micro_batches(mask, torch.tensor([0, 1, 2]), size=2)
+    >>> micro_batches(mask, torch.tensor([0, 1, 2]), tokens=6)
     [(tensor([1, 2]), 3), (tensor([0]), 4)]
     """
     ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
-    rows = rows[ends[rows].argsort(stable=True)]
-    return [(index, int(ends[index].max())) for index in rows.split(size) if len(index)]
+    groups: list[tuple[list[int], int]] = []
+    for row in rows[ends[rows].argsort(stable=True)].tolist():
+        n = int(ends[row])
+        if not groups or (len(groups[-1][0]) + 1) * n > tokens:
+            groups.append(([], n))
+        groups[-1] = ([*groups[-1][0], row], n)
+    return [(torch.tensor(group, device=mask.device), n) for group, n in groups]
 
 
 def update(
@@ -95,10 +128,10 @@ def update(
     old_logprobs: Tensor,
     advantages: Tensor,
     minibatches: list[Tensor],
-    micro_batch: int = 16,
+    micro_tokens: int = 2048,
     epsilon: float = 0.2,
 ) -> dict[str, float]:
-    """One gradient step on each minibatch (row numbers) of a batch of rollouts, in passes of micro_batch rows.
+    """One gradient step on each minibatch (row numbers) of a batch of rollouts, in passes of micro_tokens.
 
     All [B,N], advantages shaped. Rows whose advantages are all 0 count in the mean but are not computed: exact, for
     their gradient is 0. Gradients are clipped to norm 1. Returns the means over the steps of loss and gradient norm.
@@ -106,7 +139,7 @@ def update(
     losses, norms = [], []
     for minibatch in minibatches:
         loss, matters = 0.0, (advantages[minibatch] * mask[minibatch]).any(1)
-        for rows, n in micro_batches(mask, minibatch[matters], micro_batch):
+        for rows, n in micro_batches(mask, minibatch[matters], micro_tokens):
             now = mask[rows, :n]
             logprobs, _ = token_logprobs(model, input_ids[rows, :n], now)
             part = clipped_loss(

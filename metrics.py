@@ -101,63 +101,90 @@ def _now(x: Tensor) -> float:
 def streamed_spans(layer: Recorded, mask: Tensor) -> Tensor:
     """Eq. 7 by one more fused attention call, whose values are positions. Returns [H] float32.
 
-    Positions go in two columns, s // 128 and s % 128, small numbers whose averages lose no digits that the span needs.
+    sum_s A[t,s] (t-s) = t sum_s A[t,s] - sum_s A[t,s] s, both sums from one call, so that what rounding takes from the
+    row's weights it takes from both. Positions go in as two columns, s // 256 and s % 256: averages of small numbers
+    keep the digits that a difference of large ones would lose. Queries and keys go in as float32, or the averages would
+    come out in the model's bf16, with eight bits.
     """
-    q, k = layer.q.float(), layer.k.float()
-    s = torch.arange(q.shape[2], device=q.device)
-    values = torch.zeros_like(k)
-    values[..., 0], values[..., 1] = s // 128, s % 128
-    out, _ = fused_attention(q, k, values, layer.scale, layer.visible)
-    spans = (s // 128 - out[..., 0]) * 128 + (s % 128 - out[..., 1])  # [B,H,N]
-    return (spans * mask[:, None]).sum((0, 2)) / mask.sum()
+    s = torch.arange(mask.shape[1], device=mask.device)
+    columns = torch.stack([torch.ones_like(s), s % 256, s // 256], -1).float()  # [N,3]
+    k = layer.k.float()
+    values = torch.nn.functional.pad(columns, (0, k.shape[-1] - 3)).expand_as(k)
+    out, _ = fused_attention(layer.q.float(), k, values, layer.scale, layer.visible)
+    weight, fine, coarse = out[..., :3].unbind(-1)  # [B,H,N] each
+    spans = (weight * (s % 256) - fine) + 256 * (weight * (s // 256) - coarse)
+    return (spans.double() * mask[:, None]).sum((0, 2)).float() / mask.sum()
 
 
 def streamed_waad(layers: list[tuple[Recorded, Tensor]], mask: Tensor, window: int = 10) -> Tensor:
     """Eq. 9 from the band t-s < window of the chosen heads, [(layer, [H] bool), ...]. Returns [B,N]."""
     near = torch.zeros(mask.shape, device=mask.device)
-    for rows, columns, attention in _band_blocks(layers, mask, window - 1):
-        t, s = (torch.arange(x.start, x.stop, device=mask.device) for x in (rows, columns))
-        near[:, rows] += (attention * (window - t[:, None] + s).clamp(min=0)).sum(-1)
+    for rows, _, back, attention in _band_blocks(layers, mask, window - 1):
+        near[:, rows] += (attention * (window - back).clamp(0, window)).sum(-1)
     return torch.where(mask, window - near, 0.0)
 
 
 def streamed_fai(
     layers: list[tuple[Recorded, Tensor]], mask: Tensor, horizon: tuple[int, int | None] = (10, 100)
 ) -> Tensor:
-    """Eq. 10 from the band lo <= t-s <= hi of the chosen heads, [(layer, [H] bool), ...]. Returns [B,N]."""
-    n = mask.shape[1]
+    """Eq. 10 from the band of the chosen heads, [(layer, [H] bool), ...]. Returns [B,N].
+
+    To the end of the response (hi None), the band is t-s < lo instead, and is taken from the sum of the whole column.
+    """
+    low, high = horizon
     received, looks = torch.zeros(2, *mask.shape, device=mask.device)
-    low, high = horizon[0], n if horizon[1] is None else horizon[1]
-    for rows, columns, attention in _band_blocks(layers, mask, high):
-        t, s = (torch.arange(x.start, x.stop, device=mask.device) for x in (rows, columns))
-        back = t[:, None] - s
-        in_horizon = ((back >= low) & (back <= high)) & mask[:, rows, None]  # [B,rows,columns]
-        received[:, columns] += (attention * in_horizon).sum(1)
-        looks[:, columns] += in_horizon.sum(1)
-    return torch.where(mask, received / looks.clamp(min=1), 0.0)
+    for rows, columns, back, attention in _band_blocks(layers, mask, max(low - 1, 0) if high is None else high):
+        inside = (back >= 0) & (back < low) if high is None else (back >= low) & (back <= high)
+        inside = inside & mask[:, rows, None]  # [B,rows,columns]
+        received[:, columns] += (attention * inside).sum(1)
+        looks[:, columns] += inside.sum(1)
+    if high is None:
+        received = _column_sums(layers, mask) - received
+        looks = mask.flip(1).cumsum(1).flip(1) - looks  # response rows from s on, less those too near
+    return torch.where(mask & (looks > 0), received.clamp(min=0) / looks.clamp(min=1), 0.0)
+
+
+def _column_sums(layers: list[tuple[Recorded, Tensor]], mask: Tensor) -> Tensor:
+    """What each token receives from all response rows in the mean map of the chosen heads, [B,N].
+
+    The output is A V, so the gradient of the response rows' outputs with respect to V is the column sums of A: one
+    fused backward pass, in linear memory.
+    """
+    total, count = torch.zeros(mask.shape, device=mask.device), 0
+    for layer, group in layers:
+        with torch.enable_grad():
+            k = layer.k.float()
+            v = torch.zeros_like(k, requires_grad=True)
+            out, _ = fused_attention(layer.q.float(), k, v, layer.scale, layer.visible)
+            upstream = torch.zeros_like(out)
+            upstream[..., 0] = group[:, None] * mask[:, None]
+            (gradient,) = torch.autograd.grad(out, v, upstream)
+        total, count = total + gradient[..., 0].sum(1), count + int(group.sum())
+    return total / count
 
 
 def _band_blocks(
     layers: list[tuple[Recorded, Tensor]], mask: Tensor, reach: int
-) -> Iterator[tuple[slice, slice, Tensor]]:
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """The mean map of the chosen heads, as blocks of rows with the columns up to reach tokens before them.
 
-    Yields (rows, columns, [B,rows,columns] float32) from the first response row on.
+    Yields (rows, columns, t-s [rows,columns], A [B,rows,columns]) from the first response row on; A is 0 where s > t.
     """
     count, n = sum(int(group.sum()) for _, group in layers), mask.shape[1]
     first = int(mask.any(0).int().argmax())
-    size = max(64, min(reach, 512))  # blocks about as high as the band is wide waste half of what they score
+    size = max(64, reach)  # a block as high as its band is wide wastes half of what it scores; a lower one, more calls
     chosen = []
     for layer, group in layers:
         index = group.nonzero()[:, 0]
         keys = index // (layer.q.shape[1] // layer.k.shape[1])
-        chosen.append((layer, layer.q[:, index] * layer.scale, layer.k[:, keys], layer.lse[:, index, :, None]))
+        chosen.append((layer, layer.q[:, index], layer.k[:, keys], layer.lse[:, index, :, None]))
     for top in range(first, n, size):
         rows, columns = slice(top, min(top + size, n)), slice(max(0, top - reach), min(top + size, n))
         t, s = (torch.arange(x.start, x.stop, device=mask.device) for x in (rows, columns))
-        mean = torch.zeros(len(mask), len(t), len(s), device=mask.device)
+        back = t[:, None] - s
+        mean = torch.zeros(len(mask), *back.shape, device=mask.device)
         for layer, q, k, lse in chosen:
-            scores = q[:, :, rows].float() @ k[:, :, columns].float().mT - lse[:, :, rows]  # [B,heads,rows,columns]
-            seen = s <= t[:, None] if layer.visible is None else layer.visible[:, :, rows, columns]
-            mean += scores.masked_fill_(~seen, -torch.inf).exp_().sum(1)
-        yield rows, columns, mean / count
+            scores = q[:, :, rows].float() @ k[:, :, columns].float().mT  # [B,heads,rows,columns]
+            seen = back >= 0 if layer.visible is None else layer.visible[:, :, rows, columns]
+            mean += scores.mul_(layer.scale).sub_(lse[:, :, rows]).masked_fill_(~seen, -torch.inf).exp_().sum(1)
+        yield rows, columns, back, mean / count

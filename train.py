@@ -30,7 +30,7 @@ from transformers.hf_argparser import HfArg
 import credit
 import tasks
 from eval import evaluate, mean_interval
-from grpo import group_advantages, micro_batches, shape_advantages, token_logprobs, update
+from grpo import check_head, group_advantages, micro_batches, shape_advantages, token_logprobs, update
 from heads import Heads, layer_range
 from metrics import Signals, observe
 from rollout import encode, load_model, pack, start_actor
@@ -67,8 +67,8 @@ class Args:
     prompts: int = HfArg(default=32, help="Problems in a batch.")
     group: int = HfArg(default=8, help="G, responses to each problem.")
     updates: int = HfArg(default=4, help="Gradient steps on each batch.")
-    micro_batch: int = HfArg(
-        default=16, help="Responses in one forward pass; changes memory and speed, not the result."
+    micro_tokens: int = HfArg(
+        default=2048, help="Tokens in one forward pass; changes memory and speed, not the result."
     )
     lr: float = HfArg(default=2e-4, help="Learning rate of AdamW, reached over the first five steps.")
     epsilon: float = HfArg(default=0.2, help="Clipping of the probability ratio.")
@@ -82,7 +82,7 @@ class Args:
 def score(args: Args, model, input_ids: Tensor, mask: Tensor, rows: Tensor, heads: Heads | None) -> Signals:
     """The scoring pass over some rows: pi_old, entropy and, where credit needs a head split, WAAD and FAI; [R,N]."""
     out, seconds = torch.zeros(4, *mask.shape, device=mask.device), 0.0
-    for index, n in micro_batches(mask, rows, args.micro_batch):
+    for index, n in micro_batches(mask, rows, args.micro_tokens):
         part = input_ids[index, :n], mask[index, :n]
         if heads:
             signals = observe(model, *part, heads, args.window, horizon(args))
@@ -155,7 +155,7 @@ def check(args: Args) -> None:
     for name, low, high in (("q", 0, 1), ("quantile", 0.01, 0.5), ("alpha", 0, 1), ("epsilon", 0, 1)):
         if not low <= getattr(args, name) <= high:
             raise ValueError(f"--{name} {getattr(args, name)}: must lie from {low} to {high}")
-    for name in ("steps", "prompts", "micro_batch", "max_tokens", "window", "k", "heads_every", "eval_samples"):
+    for name in ("steps", "prompts", "micro_tokens", "max_tokens", "window", "k", "heads_every", "eval_samples"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be 1 or more")
 
@@ -214,6 +214,7 @@ def main(args: Args) -> None:
         test_set = tasks.load(args.task, "test", args.eval_problems)
         model, tokenizer = load_model(args.model)
         encode(tokenizer, [p.prompt for p in train_set + test_set], args.max_tokens, args.context)
+        check_head(model)
         if needs_heads:  # a model without recordable attention says so now
             probe = torch.tensor([[0, 1, 2]], device=model.device)
             observe(model, probe, probe > 0)
@@ -264,7 +265,7 @@ def main(args: Args) -> None:
 
         with clock("score"):
             if needs_heads and (step - 1) % args.heads_every == 0:
-                sample = order[torch.isin(order, rows)][: args.micro_batch]
+                sample = order[torch.isin(order, rows)][: max(1, args.micro_tokens // mask.shape[1])]
                 heads = measure_heads(args, model, input_ids[sample], mask[sample])
             signals = score(args, model, input_ids, mask, rows, heads)
         with clock("credit"):
@@ -276,8 +277,9 @@ def main(args: Args) -> None:
         with clock("update"):
             optimizer.param_groups[0]["lr"] = args.lr * min(1, step / 5)
             minibatches = order.chunk(args.updates)
+            old = signals.logprobs
             learned = {} if idle else update(
-                model, optimizer, input_ids, mask, signals.logprobs, shaped, minibatches, args.micro_batch, args.epsilon
+                model, optimizer, input_ids, mask, old, shaped, minibatches, args.micro_tokens, args.epsilon
             )  # fmt: skip
         with clock("reload"):
             actor_infer.reload(model)

@@ -5,7 +5,14 @@ import statistics
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import grpo
 
@@ -83,11 +90,73 @@ def test_sign():
         grpo.shape_advantages(a, gamma, "up")
 
 
+def small_model(config_class=Qwen3Config, model_class=Qwen3ForCausalLM, **extra):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    model = model_class(config_class(**shape, num_key_value_heads=1, **extra))
+    model.get_output_embeddings().weight.data *= 20  # sharp, so that a cap or a scale would show
+    return model
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+def test_chunks_change_neither_values_nor_gradients(entropy, monkeypatch):
+    model = small_model(head_dim=16)
+    ids, mask = torch.randint(0, 40, (3, 20)), torch.arange(20).expand(3, -1) > 4
+    outcomes = []
+    for size in (2**26, 40 * 7):
+        monkeypatch.setattr(grpo, "CHUNK", size)
+        logprobs, uncertainty = grpo.token_logprobs(model, ids, mask, entropy)
+        loss = logprobs.square().sum() + (uncertainty.square().sum() if entropy else 0)
+        outcomes.append([logprobs, *torch.autograd.grad(loss, model.parameters())])
+    for a, b in zip(*outcomes):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_heads_that_change_their_logits_are_followed_or_refused():
+    gemma = small_model(Gemma2Config, Gemma2ForCausalLM, head_dim=16, final_logit_softcapping=3.0)
+    grpo.check_head(gemma)
+    gemma.config.final_logit_softcapping = None
+    uncapped = grpo.token_logprobs(gemma, torch.tensor([[1, 2, 3]]), torch.tensor([[False, True, True]]))[0]
+    gemma.config.final_logit_softcapping = 3.0
+    capped = grpo.token_logprobs(gemma, torch.tensor([[1, 2, 3]]), torch.tensor([[False, True, True]]))[0]
+    assert (uncapped - capped).abs().max() > 0.1
+    grpo.check_head(small_model(GraniteConfig, GraniteForCausalLM))
+    with pytest.raises(ValueError, match=r"Granite.*output head"):
+        grpo.check_head(small_model(GraniteConfig, GraniteForCausalLM, logits_scaling=8.0))
+
+
+def test_micro_batches_hold_every_row_once_within_the_budget():
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 50, (64, 1), generator=g)
+    mask = (torch.arange(60) < lengths + 3) & (torch.arange(60) >= 3)
+    rows = torch.randperm(64, generator=g)[:50]
+    groups = grpo.micro_batches(mask, rows, tokens=200)
+    assert sorted(torch.cat([r for r, _ in groups]).tolist()) == sorted(rows.tolist())
+    for index, n in groups:
+        assert len(index) * n <= 200 and n == int(lengths[index].max()) + 3
+    assert [len(r) for r, _ in grpo.micro_batches(mask, rows[:3], tokens=1)] == [1, 1, 1]
+    assert grpo.micro_batches(mask, rows[:0], tokens=9) == []
+
+
+def test_update_does_not_depend_on_the_micro_batches():
+    ids, (t, n) = torch.randint(0, 40, (12, 20)), (torch.arange(20), torch.randint(1, 17, (12, 1)))
+    mask = (t >= 3) & (t < 3 + n)
+    shaped = torch.randn(12, 1).round(decimals=0) * mask  # some rows are zero
+    weights = []
+    for tokens in (10**6, 50):
+        model = small_model(head_dim=16)
+        old = grpo.token_logprobs(model, ids, mask)[0].detach()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        done = grpo.update(model, optimizer, ids, mask, old, shaped, list(torch.arange(12).split(4)), tokens)
+        assert done["grad_norm"] > 0
+        weights.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*weights):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_token_logprobs_are_those_of_the_unpadded_sequence():
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, head_dim=16)  # fmt: skip
-    model = Qwen3ForCausalLM(config)
+    model = small_model(head_dim=16)
     lengths = [(3, 5), (6, 1), (4, 9), (5, 0)]  # prompt, response
     ids = torch.randint(0, 40, (4, 13))
     t = torch.arange(13)
@@ -101,6 +170,6 @@ def test_token_logprobs_are_those_of_the_unpadded_sequence():
             dist = torch.distributions.Categorical(logits=logits[i - 1])
             assert logprobs[b, i].item() == pytest.approx(dist.log_prob(ids[b, i]).item(), abs=1e-4)
             assert entropy[b, i].item() == pytest.approx(dist.entropy().item(), abs=1e-4)
-    assert (grpo.token_logprobs(model, ids, torch.zeros_like(mask))[0] == 0).all()
+    assert (grpo.token_logprobs(model, ids, torch.zeros_like(mask), entropy=True)[1] == 0).all()
     with pytest.raises(ValueError, match="token 0"):
         grpo.token_logprobs(model, ids, t.expand(4, -1) >= 0)

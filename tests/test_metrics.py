@@ -133,6 +133,39 @@ def test_streams_equal_definitions_on_random_shapes(seed):
                                    metrics.fai(mean, mask, horizon), rtol=0, atol=1e-5)  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_spans_keep_four_digits_at_32k_tokens(dtype):
+    """A near-looking head far from the start: the span is the small difference of two large sums of positions."""
+    n, d = 2**15, 32
+    angle = torch.arange(n).double()[:, None] * 1000.0 ** -(torch.arange(d // 2) / (d // 2))
+    q = torch.cat([angle.cos(), angle.sin()], -1)[None, None].to(dtype)  # scores depend on t - s, highest at 0
+    _, lse = heads.fused_attention(q, q, q, 1.0)
+    rows = torch.arange(n - 40, n)
+    scores = (q[0, 0, rows].double() @ q[0, 0].double().T).masked_fill(torch.arange(n) > rows[:, None], -torch.inf)
+    want = (scores.softmax(-1) * (rows[:, None] - torch.arange(n))).sum(-1).mean()
+    mask = (torch.arange(n) >= n - 40)[None]
+    got = metrics.streamed_spans(heads.Recorded(q, q, 1.0, lse, None), mask)
+    assert got.item() == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_signals_of_a_bf16_model_are_those_of_its_own_queries_and_keys():
+    model = llm(*MODELS["qwen3"][:2], head_dim=16).bfloat16()
+    ids, mask = ragged([(5, 140), (30, 60)], 150)
+    got = metrics.observe(model, ids, mask)
+    with torch.no_grad(), heads.record(model, got.heads.layers) as recorded:
+        model(ids)
+    maps = {}
+    for layer, r in recorded.items():
+        scores = (r.q.double() @ r.k.double().repeat_interleave(2, 1).mT) * r.scale
+        maps[layer] = scores.masked_fill(torch.ones(150, 150).triu(1).bool(), -torch.inf).softmax(-1)
+    spans = torch.stack([heads.head_spans(m, mask) for m in maps.values()])
+    torch.testing.assert_close(got.heads.spans, spans, rtol=1e-4, atol=1e-4)
+    local = torch.cat([m[:, group] for m, group in zip(maps.values(), got.heads.local)], 1).mean(1)
+    far = torch.cat([m[:, group] for m, group in zip(maps.values(), got.heads.far)], 1).mean(1)
+    torch.testing.assert_close(got.waad, metrics.waad(local, mask), rtol=0, atol=1e-3)
+    torch.testing.assert_close(got.fai, metrics.fai(far, mask), rtol=0, atol=1e-4)
+
+
 def test_recording_changes_nothing_and_leaves_nothing():
     model = llm(*MODELS["qwen3"][:2], head_dim=16)
     ids, _ = ragged([(5, 40), (9, 3)], 50)

@@ -90,13 +90,13 @@ def test_every_credit_and_ablation_trains(extra, tmp_path):
 
 
 def test_a_run_repeats_itself_and_micro_batches_do_not_matter(tmp_path):
-    for name, micro in (("a", 64), ("b", 64), ("c", 5)):
+    for name, micro in (("a", 2048), ("b", 2048), ("c", 300)):
         run(
             "--engine",
             "torch",
             "--out",
             tmp_path / name,
-            "--micro_batch",
+            "--micro_tokens",
             micro,
             "--heads_every",
             99,

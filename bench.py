@@ -1,0 +1,175 @@
+"""What the signals cost. Every ratio is of times measured in turns, in one process.
+
+    python bench.py                                     a scoring pass of Qwen3-0.6B's shape, at 1k and 4k tokens
+    python bench.py --table layer --lengths 4096 16384 32768      one layer of that shape: growth, and against maps
+
+Weights are random: time and memory do not depend on them. On a GPU it runs in bfloat16, on CPUs in float32.
+"""
+
+import ctypes
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import HfArgumentParser, Qwen3Config, Qwen3ForCausalLM
+from transformers.hf_argparser import HfArg
+
+import metrics
+from grpo import token_logprobs
+from heads import Recorded, fused_attention, middle_layers
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+SCALE = 128**-0.5
+
+
+@dataclass
+class Args:
+    """Measure what WAAD and FAI cost."""
+
+    table: Literal["pass", "layer"] = HfArg(default="pass", help="A whole scoring pass, or one layer's attention.")
+    lengths: list[int] = HfArg(default_factory=lambda: [1024, 4096], help="Tokens in the sequence.")
+    repeats: int = HfArg(default=3, help="Turns; the table shows medians.")
+    maps_to: int = HfArg(default=4096, help="Longest sequence for which maps are made.")
+
+
+def seconds(run: Callable) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    run()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_mib(run: Callable) -> float:
+    """MiB that one call takes at its peak, beyond what the process held before (Linux or CUDA)."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    def status(name: str) -> int:
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) for line in f if line.startswith(name))
+
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or freed memory that is still held would hide the peak
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # reset the peak
+    before = status("VmRSS")
+    run()
+    return (status("VmHWM") - before) / 2**10
+
+
+def take_turns(runs: dict[str, Callable], repeats: int, label: str) -> dict[str, tuple[float, float]]:
+    """{name: (median seconds, peak MiB)}, after one turn to warm up, in which memory is measured."""
+    memory = {name: peak_mib(run) for name, run in tqdm(runs.items(), desc=f"{label}, memory", leave=False)}
+    turns = [
+        {name: seconds(run) for name, run in runs.items()}
+        for _ in tqdm(range(repeats), desc=f"{label}, time", leave=False)
+    ]
+    return {name: (statistics.median(t[name] for t in turns), memory[name]) for name in runs}
+
+
+def whole_pass(args: Args) -> None:
+    """Scoring passes: plain, with signals, with signals and the split measured, and with eager maps."""
+    config = Qwen3Config(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).to(DEVICE, DTYPE).eval()
+    layers = middle_layers(config.num_hidden_layers)
+    print("| tokens | scoring pass | with signals | and the split measured | eager maps of the five layers |")
+    print("|---|---|---|---|---|")
+    for n in args.lengths:
+        ids = torch.randint(config.vocab_size, (1, n), device=DEVICE)
+        mask = torch.arange(n, device=DEVICE)[None] >= 100
+        heads = metrics.observe(model, ids[:, :256], mask[:, :256]).heads
+
+        def plain(ids=ids, mask=mask) -> None:
+            with torch.no_grad():
+                token_logprobs(model, ids, mask, entropy=True)
+
+        def eager(ids=ids, mask=mask, heads=heads) -> None:
+            maps: dict[int, Tensor] = {}
+            hooks = [
+                model.model.layers[layer].self_attn.register_forward_hook(
+                    lambda module, _, output: maps.__setitem__(module.layer_idx, output[1])
+                )
+                for layer in layers
+            ]
+            model.set_attn_implementation("eager")
+            plain(ids, mask)
+            model.set_attn_implementation("sdpa")
+            for hook in hooks:
+                hook.remove()
+            local = sum(maps[layer][:, group].sum(1) for layer, group in zip(layers, heads.local)) / heads.local.sum()
+            far = sum(maps[layer][:, group].sum(1) for layer, group in zip(layers, heads.far)) / heads.far.sum()
+            metrics.waad(local, mask), metrics.fai(far, mask)
+
+        runs = {
+            "plain": plain,
+            "signals": lambda ids=ids, mask=mask, heads=heads: metrics.observe(model, ids, mask, heads),
+            "split": lambda ids=ids, mask=mask: metrics.observe(model, ids, mask),
+        }
+        if n <= args.maps_to:
+            runs["eager"] = eager
+        found = take_turns(runs, args.repeats, f"{n} tokens")
+        base, floor = found["plain"]
+        cells = [f"{base:.2f} s, {floor:,.0f} MiB"]
+        cells += [f"× {found[r][0] / base:.3f}, {found[r][1]:,.0f} MiB" for r in ("signals", "split")]
+        cells += [f"× {found['eager'][0] / base:.2f}, {found['eager'][1]:,.0f} MiB" if "eager" in found else "not run"]
+        print(f"| {n:,} | " + " | ".join(cells) + " |", flush=True)
+
+
+def one_layer(args: Args) -> None:
+    """One layer's attention of 16 heads (8 key heads) of 128, five of them local, five far."""
+    print("| tokens | fused attention | WAAD, FAI | FAI to the end | spans | maps, then WAAD, FAI |")
+    print("|---|---|---|---|---|---|")
+    for n in args.lengths:
+        g = torch.Generator().manual_seed(0)
+        q, k = (torch.randn(1, h, n, 128, generator=g).to(DEVICE, DTYPE) for h in (16, 8))
+        mask = torch.arange(n, device=DEVICE)[None] >= 100
+        layer = Recorded(q, k, SCALE, fused_attention(q, k, k, SCALE)[1], None)
+        local, far = (torch.arange(16, device=DEVICE) // 5 == i for i in (0, 1))
+
+        def signals(horizon=(10, 100), layer=layer, mask=mask, local=local, far=far) -> None:
+            metrics.streamed_waad([(layer, local)], mask)
+            metrics.streamed_fai([(layer, far)], mask, horizon)
+
+        def maps(q=q, k=k, n=n, mask=mask, local=local, far=far) -> None:
+            scores = (q @ k.repeat_interleave(2, 1).mT) * SCALE
+            future = torch.ones(n, n, dtype=torch.bool, device=DEVICE).triu(1)
+            a = scores.masked_fill_(future, -torch.inf).softmax(-1, torch.float32)  # [1,16,N,N]
+            metrics.waad(a[:, local].mean(1), mask), metrics.fai(a[:, far].mean(1), mask)
+
+        runs = {
+            "fused": lambda q=q, k=k: fused_attention(q, k, k, SCALE),
+            "signals": signals,
+            "end": lambda signals=signals: signals((10, None)),
+            "spans": lambda layer=layer, mask=mask: metrics.streamed_spans(layer, mask),
+        }
+        if n <= args.maps_to:
+            runs["maps"] = maps
+        found = take_turns(runs, args.repeats, f"{n} tokens")
+        cells = [f"{found[r][0]:.3f} s, {found[r][1]:,.0f} MiB" if r in found else "not run"
+                 for r in ("fused", "signals", "end", "spans", "maps")]  # fmt: skip
+        print(f"| {n:,} | " + " | ".join(cells) + " |", flush=True)
+
+
+def main(args: Args) -> None:
+    if min(args.lengths) <= 256 or args.repeats < 1:
+        sys.exit("error: --lengths above 256 and --repeats of 1 or more, please")
+    print(f"{DEVICE}, {DTYPE}, {torch.get_num_threads()} threads, medians of {args.repeats}\n")
+    {"pass": whole_pass, "layer": one_layer}[args.table](args)
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(Args).parse_args_into_dataclasses())
