@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 class Rollout(NamedTuple):
@@ -24,18 +24,20 @@ class Rollout(NamedTuple):
     truncated: bool  # hit max_tokens before it ended
 
 
-def load_model(name: str):
-    """The transformers model (float32, on the GPU if there is one) and the tokenizer of a folder or hub name.
-
-    Raises ValueError, in one line, when there is nothing to load.
-    """
+def _refuse_missing(name: str) -> None:
+    """Raise ValueError, in one line, when the folder or hub name holds no model."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as e:
         where = "" if os.path.isdir(name) else " (no such folder here, so it was looked up on the hub)"
         raise ValueError(f"cannot load a model from {name!r}{where}: {str(e).splitlines()[0]}") from e
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def load_model(name: str):
+    """The transformers model (float32, on the GPU if there is one) and the tokenizer of a folder or hub name."""
+    _refuse_missing(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(name)
 
 
 def start_actor(engine: str, name: str, context: int, seed: int, model=None, tokenizer=None):
@@ -66,6 +68,7 @@ class VLLMActor:
     """
 
     def __init__(self, path: str, context: int = 512, seed: int = 0, kv_cache_bytes: int = 512 * 2**20):
+        _refuse_missing(path)
         # Read by vLLM when it is imported and when it starts, so they come first; what the user has set stays.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
