@@ -2,6 +2,7 @@
 
     python bench.py                                     a scoring pass of Qwen3-0.6B's shape, at 1k and 4k tokens
     python bench.py --table layer --lengths 4096 16384 32768      one layer of that shape: growth, and against maps
+    pip install trl==1.16.0; python bench.py --table step --repeats 20       our training step against TRL's
 
 Weights are random: time and memory do not depend on them. On a GPU it runs in bfloat16, on CPUs in float32.
 """
@@ -9,20 +10,24 @@ Weights are random: time and memory do not depend on them. On a GPU it runs in b
 import ctypes
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import HfArgumentParser, Qwen3Config, Qwen3ForCausalLM
+from transformers import HfArgumentParser, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from transformers.hf_argparser import HfArg
 
 import metrics
+import tasks
+import train
 from grpo import token_logprobs
 from heads import Recorded, fused_attention, middle_layers
+from rollout import load_model, start_actor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -33,7 +38,9 @@ SCALE = 128**-0.5
 class Args:
     """Measure what WAAD and FAI cost."""
 
-    table: Literal["pass", "layer"] = HfArg(default="pass", help="A whole scoring pass, or one layer's attention.")
+    table: Literal["pass", "layer", "step"] = HfArg(
+        default="pass", help="A scoring pass, one layer's attention, or a training step of the embedded model."
+    )
     lengths: list[int] = HfArg(default_factory=lambda: [1024, 4096], help="Tokens in the sequence.")
     repeats: int = HfArg(default=3, help="Turns; the table shows medians.")
     maps_to: int = HfArg(default=4096, help="Longest sequence for which maps are made.")
@@ -164,11 +171,96 @@ def one_layer(args: Args) -> None:
         print(f"| {n:,} | " + " | ".join(cells) + " |", flush=True)
 
 
+def whole_step(args: Args) -> None:
+    """Training steps of the embedded model, in turns: TRL's GRPOTrainer, ours uniform, ours coupled.
+
+    The same problems, 256 rollouts of up to 128 tokens, four updates, float32, and a learning rate so small that the
+    lengths stay the same. TRL generates with transformers: its vLLM mode wants a GPU.
+    """
+    try:
+        from datasets import Dataset
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError as e:
+        sys.exit(f"error: {e}: this table needs pip install trl==1.16.0")
+    ours = train.Args(lr=1e-6)
+    problems = tasks.load(ours.task, "train")
+    model, tokenizer = load_model(ours.model)
+    actor = start_actor("vllm", ours.model, ours.context, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), ours.lr, weight_decay=0.0, fused=True)
+    generator, heads = torch.Generator().manual_seed(0), None
+    by_prompt = {p.prompt: p for p in problems}
+    turns: list[dict[str, float]] = []
+    phases: list[dict[str, float]] = []
+
+    class TakeTurns(TrainerCallback):
+        """After every four of TRL's steps (one batch of rollouts), one of ours with each credit."""
+
+        start = 0.0
+        counted = 0
+
+        def on_step_begin(self, config, state, control, **kwargs) -> None:
+            if state.global_step % ours.updates == 0:
+                self.start = time.perf_counter()
+
+        def on_step_end(self, config, state, control, **kwargs) -> None:
+            nonlocal heads
+            if state.global_step % ours.updates:
+                return
+            turn = {"TRL, uniform": time.perf_counter() - self.start}
+            batch = problems[len(turns) * ours.prompts :][: ours.prompts]
+            for credit in ("uniform", "coupled"):
+                how = replace(ours, credit=credit)
+                fresh = heads if len(turns) % ours.heads_every else None
+                record, measured = train.train_step(how, model, optimizer, actor, batch, fresh, generator)
+                turn[f"ours, {credit}"] = sum(record["seconds"].values())
+                heads = measured or heads
+                phases.append({"credit": credit, "tokens": record["length"] * 256, **record["seconds"]})
+            turns.append(turn)
+            bar.update()
+
+    rows = [{"prompt": p.prompt} for p in problems[: (args.repeats + 1) * ours.prompts]]
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), use_cpu=DEVICE == "cpu", bf16=False, report_to="none", disable_tqdm=True,
+        save_strategy="no", logging_strategy="no", gradient_checkpointing=False, 
+        max_steps=(args.repeats + 1) * ours.updates,
+        per_device_train_batch_size=ours.prompts * ours.group // ours.updates, steps_per_generation=ours.updates,
+        num_generations=ours.group, max_completion_length=ours.max_tokens, learning_rate=ours.lr, beta=0.0,
+        loss_type="grpo", epsilon=ours.epsilon, temperature=1.0, optim="adamw_torch_fused",
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        model=load_model(ours.model)[0],
+        processing_class=tokenizer,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[TakeTurns()],
+        reward_funcs=lambda prompts, completions, **_: [
+            tasks.reward(by_prompt[p], c) for p, c in zip(prompts, completions)
+        ],
+    )
+    with tqdm(total=args.repeats + 1, desc="turns") as bar:
+        trainer.train()
+    actor.close()
+    turns, phases = turns[1:], phases[2:]  # the first turn warms up
+    medians = {name: statistics.median(t[name] for t in turns) for name in turns[0]}
+    print("| 256 rollouts | s | times faster than TRL |\n|---|---|---|")
+    for name, s in medians.items():
+        faster = statistics.median(t["TRL, uniform"] / t[name] for t in turns)
+        print(f"| {name} | {s:.2f} | {faster:.2f} |")
+    coupled = [p for p in phases if p["credit"] == "coupled"]
+    names = ["generate", "score", "credit", "update", "reload"]
+    whole = sum(p[n] for p in coupled for n in names)
+    print("\nours, coupled: " + ", ".join(f"{n} {100 * sum(p[n] for p in coupled) / whole:.1f} %" for n in names))
+    print(
+        "tokens/s: "
+        + ", ".join(f"{n} {sum(p['tokens'] for p in coupled) / sum(p[n] for p in coupled):,.0f}" for n in names)
+    )
+
+
 def main(args: Args) -> None:
     if min(args.lengths) <= 256 or args.repeats < 1:
         sys.exit("error: --lengths above 256 and --repeats of 1 or more, please")
     print(f"{DEVICE}, {DTYPE}, {torch.get_num_threads()} threads, medians of {args.repeats}\n")
-    {"pass": whole_pass, "layer": one_layer}[args.table](args)
+    {"pass": whole_pass, "layer": one_layer, "step": whole_step}[args.table](args)
 
 
 if __name__ == "__main__":

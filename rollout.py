@@ -190,10 +190,13 @@ class TorchActor:
         """Nothing to stop."""
 
 
-def pack(rollouts: list[Rollout], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Right-padded token numbers [B,N], the mask of response tokens [B,N], and the sampler's log-probs [B,N]."""
+def pack(rollouts: list[Rollout]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token numbers [B,N], the mask of response tokens [B,N], and the sampler's log-probs [B,N].
+
+    Padded with 0 on the right, where causal attention never looks and no mask counts; any token would do.
+    """
     n = max(len(r.prompt_ids) + len(r.ids) for r in rollouts)
-    input_ids = torch.full((len(rollouts), n), pad)
+    input_ids = torch.zeros(len(rollouts), n, dtype=torch.long)
     mask, logprobs = torch.zeros(len(rollouts), n, dtype=torch.bool), torch.zeros(len(rollouts), n)
     for b, r in enumerate(rollouts):
         start, end = len(r.prompt_ids), len(r.prompt_ids) + len(r.ids)

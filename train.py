@@ -35,6 +35,11 @@ from heads import Heads, layer_range
 from metrics import Signals, observe
 from rollout import encode, load_model, pack, start_actor
 
+RHYTHM = ("coupled", "local", "global")  # the credits that need WAAD and FAI
+
+# The largest mean |logp_vllm - logp_torch| that rounding can explain; beyond it the sampler has other weights.
+GAP_LIMIT = {"cpu": 0.01, "cuda": 0.3}
+
 
 @dataclass
 class Args:
@@ -76,7 +81,7 @@ class Args:
     context: int = HfArg(default=512, help="Longest prompt and response together.")
     eval_problems: int | None = HfArg(default=None, help="Held-out problems (default: the task's own number).")
     eval_samples: int = HfArg(default=2, help="Sampled responses to each of them.")
-    eval_every: int = HfArg(default=0, help="Steps between evaluations; 0 is before and after only.")
+    eval_every: int = HfArg(default=20, help="Steps between evaluations; 0: only before and after.")
 
 
 def score(args: Args, model, input_ids: Tensor, mask: Tensor, rows: Tensor, heads: Heads | None) -> Signals:
@@ -142,6 +147,62 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
+def train_step(
+    args: Args, model, optimizer, actor_infer, problems: list[tasks.Problem], heads: Heads | None, generator
+) -> tuple[dict, Heads | None]:
+    """Sample, verify, score, credit, update, reload. Returns what to log and the head split (measured if None)."""
+    clock = Clock()
+    with clock("generate"):
+        rollouts = actor_infer.generate([p.prompt for p in problems], args.group, args.max_tokens)  # [P][G]
+        rewards = torch.tensor([[tasks.reward(p, r.text) for r in group] for p, group in zip(problems, rollouts)])
+    advantages = group_advantages(rewards).flatten().to(model.device)  # [R], R = P * G
+    flat = [r for group in rollouts for r in group]
+    input_ids, mask, sampled = (x.to(model.device) for x in pack(flat))  # [R,N]
+    order = torch.randperm(len(flat), generator=generator).to(model.device)
+    rows = order[advantages[order] != 0]  # groups of equal reward teach nothing and are not scored
+    idle = len(rows) == 0
+    if idle:
+        rows = order[: args.group]  # the gap is measured all the same
+
+    with clock("score"):
+        if heads is None and args.credit in RHYTHM:
+            sample = rows[: max(1, args.micro_tokens // mask.shape[1])]
+            heads = measure_heads(args, model, input_ids[sample], mask[sample])
+        signals = score(args, model, input_ids, mask, rows, heads)
+    with clock("credit"):
+        gamma = gammas(args, signals, mask, generator)
+        shaped = shape_advantages(advantages, gamma, args.sign)  # [R,N]
+    clock.seconds["score"] -= signals.seconds  # WAAD and FAI are made inside the scoring pass
+    clock.seconds["credit"] += signals.seconds
+
+    with clock("update"):
+        old, minibatches = signals.logprobs, order.chunk(args.updates)
+        learned = {} if idle else update(
+            model, optimizer, input_ids, mask, old, shaped, minibatches, args.micro_tokens, args.epsilon
+        )  # fmt: skip
+    with clock("reload"):
+        actor_infer.reload(model)
+
+    scored = mask[rows]
+    gap = (sampled - old)[rows][scored].abs()
+    record = {
+        "reward": rewards.mean().item(),
+        **learned,
+        "entropy": signals.entropy[rows][scored].mean().item(),
+        "gap_mean": gap.mean().item(),
+        "gap_max": gap.max().item(),
+        "gamma": gamma[rows][scored].mean().item(),
+        "length": mask.sum().item() / len(flat),
+        "truncated": sum(r.truncated for r in flat),
+        "empty": sum(not r.text for r in flat),
+        "within_horizon": sum(len(r.ids) <= args.horizon[0] for r in flat),  # too short to have an anchor
+        "equal_groups": int((rewards == rewards[:, :1]).all(1).sum()),
+        "tokens_per_s": mask.sum().item() / sum(clock.seconds.values()),
+        "seconds": clock.seconds,
+    }
+    return record, heads
+
+
 def check(args: Args) -> None:
     """Raise ValueError for arguments that cannot work, before anything long is started."""
     if args.group < 2:
@@ -201,13 +262,8 @@ def plot(folder: Path, log: list[dict]) -> None:
     plt.close(fig)
 
 
-# The largest mean |logp_vllm - logp_torch| that rounding can explain; beyond it the sampler has other weights.
-GAP_LIMIT = {"cpu": 0.01, "cuda": 0.3}
-
-
 def main(args: Args) -> None:
     started = time.perf_counter()
-    needs_heads = args.credit in ("coupled", "local", "global")
     try:
         check(args)
         train_set = tasks.load(args.task, "train", seed=args.seed)
@@ -215,7 +271,7 @@ def main(args: Args) -> None:
         model, tokenizer = load_model(args.model)
         encode(tokenizer, [p.prompt for p in train_set + test_set], args.max_tokens, args.context)
         check_head(model)
-        if needs_heads:  # a model without recordable attention says so now
+        if args.credit in RHYTHM:  # a model without recordable attention says so now
             probe = torch.tensor([[0, 1, 2]], device=model.device)
             observe(model, probe, probe > 0)
         folder = new_run_folder(args)
@@ -246,63 +302,14 @@ def main(args: Args) -> None:
     print(f"held-out success before: {100 * before.mean():.1f} %", flush=True)
 
     for step in (bar := tqdm(range(1, args.steps + 1), desc=args.credit)):
-        clock = Clock()
         if len(pool) < args.prompts:
             pool += rng.sample(train_set, len(train_set))
         problems, pool = pool[: args.prompts], pool[args.prompts :]
-
-        with clock("generate"):
-            rollouts = actor_infer.generate([p.prompt for p in problems], args.group, args.max_tokens)  # [P][G]
-            rewards = torch.tensor([[tasks.reward(p, r.text) for r in group] for p, group in zip(problems, rollouts)])
-        advantages = group_advantages(rewards).flatten().to(model.device)  # [R], R = P * G
-        flat = [r for group in rollouts for r in group]
-        input_ids, mask, sampled = (x.to(model.device) for x in pack(flat, pad=tokenizer.pad_token_id or 0))  # [R,N]
-        rows = advantages.nonzero()[:, 0]  # groups of equal reward teach nothing and are not scored
-        order = torch.randperm(len(flat), generator=generator).to(model.device)
-        idle = len(rows) == 0
-        if idle:
-            rows = order[: args.group]  # the gap is measured all the same
-
-        with clock("score"):
-            if needs_heads and (step - 1) % args.heads_every == 0:
-                sample = order[torch.isin(order, rows)][: max(1, args.micro_tokens // mask.shape[1])]
-                heads = measure_heads(args, model, input_ids[sample], mask[sample])
-            signals = score(args, model, input_ids, mask, rows, heads)
-        with clock("credit"):
-            gamma = gammas(args, signals, mask, generator)
-            shaped = shape_advantages(advantages, gamma, args.sign)  # [R,N]
-        clock.seconds["score"] -= signals.seconds  # WAAD and FAI are made inside the scoring pass
-        clock.seconds["credit"] += signals.seconds
-
-        with clock("update"):
-            optimizer.param_groups[0]["lr"] = args.lr * min(1, step / 5)
-            minibatches = order.chunk(args.updates)
-            old = signals.logprobs
-            learned = {} if idle else update(
-                model, optimizer, input_ids, mask, old, shaped, minibatches, args.micro_tokens, args.epsilon
-            )  # fmt: skip
-        with clock("reload"):
-            actor_infer.reload(model)
-
-        scored, total = mask[rows], sum(clock.seconds.values())
-        gap = (sampled - signals.logprobs)[rows][scored].abs()
-        record = {
-            "step": step,
-            "reward": rewards.mean().item(),
-            **learned,
-            "entropy": signals.entropy[rows][scored].mean().item(),
-            "gap_mean": gap.mean().item(),
-            "gap_max": gap.max().item(),
-            "gamma": gamma[rows][scored].mean().item(),
-            "length": mask.sum().item() / len(flat),
-            "truncated": sum(r.truncated for r in flat),
-            "empty": sum(not r.text for r in flat),
-            "within_horizon": sum(len(r.ids) <= args.horizon[0] for r in flat),  # too short to have an anchor
-            "equal_groups": int((rewards == rewards[:, :1]).all(1).sum()),
-            "tokens_per_s": mask.sum().item() / total,
-            "seconds": clock.seconds,
-        }
-        write(record)
+        if (step - 1) % args.heads_every == 0:
+            heads = None  # measured anew
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, step / 5)
+        record, heads = train_step(args, model, optimizer, actor_infer, problems, heads, generator)
+        write({"step": step, **record})
         shown = {"reward": ".2f", "gap_mean": ".0e", "entropy": ".2f", "tokens_per_s": ".0f"}
         bar.set_postfix({name: format(record[name], how) for name, how in shown.items()})
         if record["gap_mean"] > GAP_LIMIT[model.device.type]:

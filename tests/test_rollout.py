@@ -44,7 +44,7 @@ def pair(request, tmp_path_factory):
 
 def gap(model, groups):
     """Largest difference between the sampler's log-probs and the trainer's."""
-    ids, mask, sampled = pack([r for group in groups for r in group], pad=0)
+    ids, mask, sampled = pack([r for group in groups for r in group])
     with torch.no_grad():
         return (grpo.token_logprobs(model, ids, mask)[0] - sampled).abs().max().item()
 
@@ -92,7 +92,7 @@ def test_pack():
     from rollout import Rollout
 
     rollouts = [Rollout([5, 6], [7, 8, 1], [-1.0, -2.0, -3.0], "", False), Rollout([5], [9], [-4.0], "", True)]
-    ids, mask, logprobs = pack(rollouts, pad=0)
+    ids, mask, logprobs = pack(rollouts)
     assert ids.tolist() == [[5, 6, 7, 8, 1], [5, 9, 0, 0, 0]]
     assert mask.tolist() == [[False, False, True, True, True], [False, True, False, False, False]]
     assert logprobs.tolist() == [[0, 0, -1, -2, -3], [0, -4, 0, 0, 0]]

@@ -54,7 +54,7 @@ def test_its_attention_has_structure():
         ids = tokenizer(text).input_ids
         if len(ids) > 50:
             rollouts.append(Rollout(tokenizer(prompt).input_ids, ids, [0.0] * len(ids), text, False))
-    ids, mask, _ = pack(rollouts, tokenizer.pad_token_id)
+    ids, mask, _ = pack(rollouts)
     s = metrics.observe(model, ids, mask)
     assert s.heads.layers == [4, 5, 6, 7, 8] and s.heads.spans.shape == (5, 4)
     near, far = s.heads.spans[s.heads.local].mean(), s.heads.spans[s.heads.far].mean()
