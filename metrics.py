@@ -83,7 +83,7 @@ def observe(
             logprobs, entropy = token_logprobs(model, input_ids, mask, entropy=True)
         start = _now(mask)
         if heads is None:
-            spans = torch.stack([streamed_spans(recorded[layer], mask) for layer in layers])  # [layers,H]
+            spans = torch.stack([streamed_spans(recorded[layer], mask) for layer in layers])
             heads = Heads(layers, spans, *split_heads(spans, quantile))
         local = [(recorded[layer], group) for layer, group in zip(layers, heads.local)]
         far = [(recorded[layer], group) for layer, group in zip(layers, heads.far)]
@@ -96,6 +96,13 @@ def _now(x: Tensor) -> float:
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
     return time.perf_counter()
+
+
+def measure_spans(model, input_ids: Tensor, mask: Tensor, layers: list[int]) -> Tensor:
+    """Eq. 7 for every head of the layers, from one forward pass without gradient and without logits. [layers,H]"""
+    with torch.no_grad(), record(model, layers) as recorded:
+        model.base_model(input_ids=input_ids, use_cache=False)
+    return torch.stack([streamed_spans(recorded[layer], mask) for layer in layers])
 
 
 def streamed_spans(layer: Recorded, mask: Tensor) -> Tensor:

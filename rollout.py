@@ -40,10 +40,10 @@ def load_model(name: str):
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(name)
 
 
-def start_actor(engine: str, name: str, context: int, seed: int, model=None, tokenizer=None):
+def start_actor(engine: str, name: str, context: int, seed: int, kv_cache_gib: float = 0.5, model=None, tokenizer=None):
     """The actor for --engine: vllm loads the checkpoint itself, torch samples the given model (or loads it)."""
     if engine == "vllm":
-        return VLLMActor(name, context, seed)
+        return VLLMActor(name, context, seed, kv_cache_gib)
     if model is None:
         model, tokenizer = load_model(name)
     return TorchActor(model, tokenizer, context)
@@ -64,10 +64,10 @@ def encode(tokenizer, prompts: list[str], max_tokens: int, context: int) -> list
 class VLLMActor:
     """vLLM inside this process, so that reload() can hand the trainer's tensors over without a copy through disk.
 
-    kv_cache_bytes is given outright, because vLLM's default share of memory does not know what training will need.
+    kv_cache_gib is given outright, because vLLM's default share of memory does not know what training will need.
     """
 
-    def __init__(self, path: str, context: int = 512, seed: int = 0, kv_cache_bytes: int = 512 * 2**20):
+    def __init__(self, path: str, context: int = 512, seed: int = 0, kv_cache_gib: float = 0.5):
         _refuse_missing(path)
         # Read by vLLM when it is imported and when it starts, so they come first; what the user has set stays.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -86,7 +86,7 @@ class VLLMActor:
             enforce_eager=not on_gpu,
             max_model_len=context,
             max_num_seqs=256,
-            kv_cache_memory_bytes=kv_cache_bytes,
+            kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             use_tqdm_on_load=False,
@@ -133,7 +133,10 @@ def _repack_head(model) -> None:
 
 
 class TorchActor:
-    """The same face over transformers' generate, for machines without vLLM. It samples the trainer's own model."""
+    """The same face over transformers' generate, for small models where vLLM is missing. Samples the trainer's model.
+
+    It keeps the logits of a whole batch while it generates: with a large vocabulary, use vLLM.
+    """
 
     def __init__(self, model, tokenizer, context: int = 512, batch: int = 256):
         self.model, self.tokenizer, self.context, self.batch = model, tokenizer, context, batch

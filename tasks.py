@@ -87,7 +87,7 @@ def load(name: str, split: str = "test", n: int | None = None, seed: int = 0) ->
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}: choose train or test")
     task, rng = TASKS[name], random.Random(f"{name}/{split}/{seed}")
-    n = n or getattr(task, split)
+    n = getattr(task, split) if n is None else n
     found, idle = {}, 0
     while len(found) < n:
         numbers = tuple(rng.randint(1, task.largest) for _ in range(rng.choice(task.sizes)))

@@ -83,11 +83,9 @@ def config() -> Qwen3Config:
     )
 
 
-def trace(
-    rng: random.Random, task: str = "countdown-tiny", guided: float = 0.2, give_up: float = 0.25
-) -> tuple[str, str]:
+def trace(rng: random.Random, guided: float = Args.guided, give_up: float = Args.give_up) -> tuple[str, str]:
     """A training problem's prompt and one search for its solution."""
-    spec = tasks.TASKS[task]
+    spec = tasks.TASKS["countdown-tiny"]
     while True:
         numbers = tuple(rng.randint(1, spec.largest) for _ in range(rng.choice(spec.sizes)))
         solution = tasks.random_expression(numbers, rng)
@@ -116,8 +114,8 @@ def skills(model, problems: list[tasks.Problem]) -> dict[str, float]:
     worth = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": lambda a, b: a / b if b else None}
     return {
         "success": sum(tasks.reward(p, text) for p, text in pairs) / len(pairs),
-        "arithmetic": sum(worth[op](int(a), int(b)) == int(c) for a, op, b, c in results) / len(results),
-        "judgement": sum(true == said for true, said in judged) / len(judged),
+        "arithmetic": sum(worth[op](int(a), int(b)) == int(c) for a, op, b, c in results) / max(len(results), 1),
+        "judgement": sum(true == said for true, said in judged) / max(len(judged), 1),
     }
 
 

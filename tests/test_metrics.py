@@ -205,5 +205,11 @@ def test_layers():
         for where in ("bottom", "middle", "top", "all"):
             layers = heads.layer_range(n, where)
             assert layers == sorted(set(layers)) and 0 <= layers[0] and layers[-1] < n and len(layers) <= 5
+    assert [heads.layer_range(12, where) for where in ("bottom", "middle", "top", "all")] == [
+        [0, 1, 2, 3, 4],
+        [4, 5, 6, 7, 8],
+        [8, 9, 10, 11],
+        [0, 3, 6, 8, 11],
+    ]
     with pytest.raises(ValueError, match="unknown layer range"):
         heads.layer_range(12, "upper")

@@ -37,8 +37,8 @@ def pair(request, tmp_path_factory):
     """A trainer's model, vLLM on the same checkpoint, and transformers' sampler on the model."""
     folder = tmp_path_factory.mktemp("model")
     model, tokenizer = checkpoint(folder, request.param)
-    actor = VLLMActor(str(folder), context=128, kv_cache_bytes=64 * 2**20)
-    yield model, actor, TorchActor(model, tokenizer, context=128)
+    actor = VLLMActor(str(folder), context=384, kv_cache_gib=0.0625)
+    yield model, actor, TorchActor(model, tokenizer, context=384)
     actor.close()
 
 
@@ -66,7 +66,7 @@ def test_greedy_equals_transformers_before_and_after_reloads(pair):
 
 def test_reload_forgets_the_prefix_cache(pair):
     model, actor, _ = pair
-    prompt = ["3 7 5>38\n<think>" + "7-3=4,5*4=20n\n" * 5]  # long enough to be cached in whole blocks
+    prompt = ["3 7 5>38\n<think>" + "7-3=4,5*4=20n\n" * 20]  # 290 tokens: two whole blocks of the CPU build's 128
     actor.generate(prompt, n=2, max_tokens=4)
     shake(model, 0.5)
     actor.reload(model)
@@ -82,8 +82,8 @@ def test_responses_are_bounded_and_say_so(pair):
         for r in (r for group in sampler.generate(PROMPTS, n=24, max_tokens=12) for r in group):
             assert 1 <= len(r.ids) == len(r.logprobs) <= 12
             assert r.truncated == (r.ids[-1] != 1) and 1 not in r.ids[:-1] and "<eos>" not in r.text
-        with pytest.raises(ValueError, match="do not fit a context of 128"):
-            sampler.generate(["1" * 120], max_tokens=12)
+        with pytest.raises(ValueError, match="do not fit a context of 384"):
+            sampler.generate(["1" * 376], max_tokens=12)
         with pytest.raises(ValueError, match="empty"):
             sampler.generate([""], max_tokens=12)
 
