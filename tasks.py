@@ -55,7 +55,7 @@ def random_expression(numbers: tuple[int, ...], rng: random.Random) -> tuple[str
     Returns (steps, value, expression): the combinations in the order made, the result, and the whole as one expression.
 
     >>> random_expression((3, 7, 5), random.Random(1))
-    ('7-3=4,5*4=20', 20, '5*(7-3)')
+    ('5-3=2,7-2=5', 5, '7-(5-3)')
     """
     terms, steps = [(n, str(n)) for n in numbers], []
     while len(terms) > 1:
