@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import HfArgumentParser, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import HfArgumentParser, PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from transformers.hf_argparser import HfArg
 
 import metrics
@@ -93,8 +93,8 @@ def whole_pass(args: Args) -> None:
     )  # fmt: skip
     model = Qwen3ForCausalLM(config).to(DEVICE, DTYPE).eval()
     layers = middle_layers(config.num_hidden_layers)
-    print("| tokens | scoring pass | with signals | and the split measured | eager maps of the five layers |")
-    print("|---|---|---|---|---|")
+    print("| tokens | scoring pass | WAAD and FAI alone | pass with them | and the split | eager maps of five layers |")
+    print("|---|---|---|---|---|---|")
     for n in args.lengths:
         ids = torch.randint(config.vocab_size, (1, n), device=DEVICE)
         mask = torch.arange(n, device=DEVICE)[None] >= 100
@@ -103,6 +103,11 @@ def whole_pass(args: Args) -> None:
         def plain(ids=ids, mask=mask) -> None:
             with torch.no_grad():
                 token_logprobs(model, ids, mask, entropy=True)
+
+        alone = []
+
+        def signals(ids=ids, mask=mask, heads=heads, alone=alone) -> None:
+            alone.append(metrics.observe(model, ids, mask, heads).seconds)
 
         def eager(ids=ids, mask=mask, heads=heads) -> None:
             maps: dict[int, Tensor] = {}
@@ -123,14 +128,14 @@ def whole_pass(args: Args) -> None:
 
         runs = {
             "plain": plain,
-            "signals": lambda ids=ids, mask=mask, heads=heads: metrics.observe(model, ids, mask, heads),
+            "signals": signals,
             "split": lambda ids=ids, mask=mask: metrics.observe(model, ids, mask),
         }
         if n <= args.maps_to:
             runs["eager"] = eager
         found = take_turns(runs, args.repeats, f"{n} tokens")
         base, floor = found["plain"]
-        cells = [f"{base:.2f} s, {floor:,.0f} MiB"]
+        cells = [f"{base:.2f} s, {floor:,.0f} MiB", f"{100 * statistics.median(alone) / base:.2f} %"]
         cells += [f"× {found[r][0] / base:.3f}, {found[r][1]:,.0f} MiB" for r in ("signals", "split")]
         cells += [f"× {found['eager'][0] / base:.2f}, {found['eager'][1]:,.0f} MiB" if "eager" in found else "not run"]
         print(f"| {n:,} | " + " | ".join(cells) + " |", flush=True)
@@ -214,7 +219,7 @@ def whole_step(args: Args) -> None:
                 record, measured = train.train_step(how, model, optimizer, actor, batch, fresh, generator)
                 turn[f"ours, {credit}"] = sum(record["seconds"].values())
                 heads = measured or heads
-                phases.append({"credit": credit, "tokens": record["length"] * 256, **record["seconds"]})
+                phases.append({"kind": credit, "tokens": record["length"] * 256, **record["seconds"]})
             turns.append(turn)
             bar.update()
 
@@ -237,6 +242,7 @@ def whole_step(args: Args) -> None:
             tasks.reward(by_prompt[p], c) for p, c in zip(prompts, completions)
         ],
     )
+    trainer.remove_callback(PrinterCallback)
     with tqdm(total=args.repeats + 1, desc="turns") as bar:
         trainer.train()
     actor.close()
@@ -246,7 +252,7 @@ def whole_step(args: Args) -> None:
     for name, s in medians.items():
         faster = statistics.median(t["TRL, uniform"] / t[name] for t in turns)
         print(f"| {name} | {s:.2f} | {faster:.2f} |")
-    coupled = [p for p in phases if p["credit"] == "coupled"]
+    coupled = [p for p in phases if p["kind"] == "coupled"]
     names = ["generate", "score", "credit", "update", "reload"]
     whole = sum(p[n] for p in coupled for n in names)
     print("\nours, coupled: " + ", ".join(f"{n} {100 * sum(p[n] for p in coupled) / whole:.1f} %" for n in names))

@@ -1,6 +1,6 @@
 """Success on held-out problems: greedy pass@1 and sampled avg@k, through the trainer's own sampler and verifier.
 
-python eval.py --model runs/countdown-tiny-coupled/checkpoint --task countdown-tiny
+python eval.py --model runs/countdown-tiny-coupled-1/checkpoint --task countdown-tiny
 """
 
 import json
@@ -58,6 +58,8 @@ def main(args: Args) -> None:
         problems = tasks.load(args.task, "test", args.problems, args.seed)
         if args.k < 1:
             raise ValueError(f"--k {args.k}: sample one response or more")
+        if len(problems) < 2:
+            raise ValueError(f"--problems {args.problems}: an interval needs 2 or more")
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             Path(args.out).touch()

@@ -56,7 +56,7 @@ def clipped_loss(
     return -per_response.sum() / (responses or len(mask))
 
 
-# Float32 logits made at a time: 128 MiB, and softmax and its gradient hold a few as large. With 152,000 words, 220 tokens.
+# Float32 logits made at a time: 128 MiB (220 tokens of 152,000 words); softmax and its gradient hold a few as large.
 CHUNK = 2**25
 
 

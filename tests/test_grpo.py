@@ -15,6 +15,7 @@ from transformers import (
 )
 
 import grpo
+from bench import peak_mib
 
 
 def test_group_advantages_equal_the_equation():
@@ -110,6 +111,20 @@ def test_chunks_change_neither_values_nor_gradients(entropy, monkeypatch):
         outcomes.append([logprobs, *torch.autograd.grad(loss, model.parameters())])
     for a, b in zip(*outcomes):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_of_a_large_vocabulary_are_never_held_at_once():
+    model = Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=151936, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+                    num_key_value_heads=1, head_dim=16)
+    )  # fmt: skip
+    ids, mask = torch.randint(0, 151936, (1, 2049)), torch.arange(2049)[None] > 0
+
+    def forward_and_backward():
+        grpo.token_logprobs(model, ids, mask, entropy=True)[0].sum().backward()
+
+    once = 2048 * 151936 * 4 / 2**20  # MiB of float32 logits
+    assert peak_mib(forward_and_backward) < 0.7 * once
 
 
 def test_heads_that_change_their_logits_are_followed_or_refused():

@@ -207,3 +207,18 @@ def test_help_explains_every_option(capsys, monkeypatch):
         text = " ".join(capsys.readouterr().out.split())
         for field in module.Args.__dataclass_fields__.values():
             assert field.metadata["help"].split()[0] in text and f"--{field.name}" in text
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model": "no/such/place"}, "cannot load a model from 'no/such/place'"),
+        ({"task": "maths"}, "unknown task 'maths'"),
+        ({"k": 0}, "--k 0"),
+        ({"problems": 1}, "--problems 1"),
+        ({"out": "/proc/nothing/x.json"}, "/proc/nothing"),
+    ],
+)
+def test_eval_names_bad_arguments(changes, message):
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        evaluation.main(evaluation.Args(**changes))
