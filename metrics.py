@@ -159,15 +159,23 @@ def _column_sums(layers: list[tuple[Recorded, Tensor]], mask: Tensor) -> Tensor:
     """
     total, count = torch.zeros(mask.shape, device=mask.device), 0
     for layer, group in layers:
+        if not group.any():  # the fused kernel dies of an empty batch
+            continue
+        q, k = (x.float() for x in _chosen(layer, group))
         with torch.enable_grad():
-            k = layer.k.float()
             v = torch.zeros_like(k, requires_grad=True)
-            out, _ = fused_attention(layer.q.float(), k, v, layer.scale, layer.visible)
+            out, _ = fused_attention(q, k, v, layer.scale, layer.visible)
             upstream = torch.zeros_like(out)
-            upstream[..., 0] = group[:, None] * mask[:, None]
+            upstream[..., 0] = mask[:, None]
             (gradient,) = torch.autograd.grad(out, v, upstream)
-        total, count = total + gradient[..., 0].sum(1), count + int(group.sum())
+        total, count = total + gradient[..., 0].sum(1), count + q.shape[1]
     return total / count
+
+
+def _chosen(layer: Recorded, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys of the heads in group [H] bool, a key head for each query head: [B,heads,N,D] twice."""
+    index = group.nonzero()[:, 0]
+    return layer.q[:, index], layer.k[:, index // (layer.q.shape[1] // layer.k.shape[1])]
 
 
 def _band_blocks(
@@ -180,11 +188,7 @@ def _band_blocks(
     count, n = sum(int(group.sum()) for _, group in layers), mask.shape[1]
     first = int(mask.any(0).int().argmax())
     size = max(64, reach)  # a block as high as its band is wide wastes half of what it scores; a lower one, more calls
-    chosen = []
-    for layer, group in layers:
-        index = group.nonzero()[:, 0]
-        keys = index // (layer.q.shape[1] // layer.k.shape[1])
-        chosen.append((layer, layer.q[:, index], layer.k[:, keys], layer.lse[:, index, :, None]))
+    chosen = [(layer, *_chosen(layer, group), layer.lse[:, group, :, None]) for layer, group in layers if group.any()]
     for top in range(first, n, size):
         rows, columns = slice(top, min(top + size, n)), slice(max(0, top - reach), min(top + size, n))
         t, s = (torch.arange(x.start, x.stop, device=mask.device) for x in (rows, columns))
