@@ -187,7 +187,7 @@ def _band_blocks(
     """
     count, n = sum(int(group.sum()) for _, group in layers), mask.shape[1]
     first = int(mask.any(0).int().argmax())
-    size = max(64, reach)  # a block as high as its band is wide wastes half of what it scores; a lower one, more calls
+    size = max(64, min(reach, 512))  # a block as high as its band is wide wastes half of it; 512: memory stays linear
     chosen = [(layer, *_chosen(layer, group), layer.lse[:, group, :, None]) for layer, group in layers if group.any()]
     for top in range(first, n, size):
         rows, columns = slice(top, min(top + size, n)), slice(max(0, top - reach), min(top + size, n))
