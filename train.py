@@ -2,7 +2,7 @@
 
     python train.py                                        the embedded model learns Countdown, on two CPU cores
     python train.py --credit uniform                       plain GRPO, to compare
-    python train.py --model Qwen/Qwen3-0.6B --task countdown4 --max_tokens 1024 --context 1280 --lr 1e-6 --kv_cache_gib 8
+    python train.py --model Qwen/Qwen3-0.6B --task countdown4 --max_tokens 1024 --context 1280 --lr 1e-6
 
 Where this departs from the paper, and why:
 1. The paper scores with a third model under eager attention, to have maps. Here WAAD and FAI come from the scoring pass
