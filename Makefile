@@ -5,10 +5,10 @@ BIN = .venv/bin
 help:           ## Show this.
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: .venv/ok  ## Train the embedded model on Countdown with coupled rhythm credit (about 8 minutes on two cores).
+demo: .venv/ok  ## Train the embedded model on Countdown with coupled rhythm credit (about 6 minutes on two cores).
 	$(BIN)/python train.py
 
-test: .venv/ok  ## Run all tests (under 10 minutes on two cores).
+test: .venv/ok  ## Run all tests (about 3 minutes on two cores).
 	$(BIN)/python -m pytest
 
 lint: .venv/ok  ## Check format and style.
