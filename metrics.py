@@ -161,7 +161,7 @@ def _column_sums(layers: list[tuple[Recorded, Tensor]], mask: Tensor) -> Tensor:
     for layer, group in layers:
         if not group.any():  # the fused kernel dies of an empty batch
             continue
-        q, k = (x.float() for x in _chosen(layer, group))
+        q, k = _chosen(layer, group)
         with torch.enable_grad():
             v = torch.zeros_like(k, requires_grad=True)
             out, _ = fused_attention(q, k, v, layer.scale, layer.visible)
@@ -172,10 +172,11 @@ def _column_sums(layers: list[tuple[Recorded, Tensor]], mask: Tensor) -> Tensor:
     return total / count
 
 
-def _chosen(layer: Recorded, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys of the heads in group [H] bool, a key head for each query head: [B,heads,N,D] twice."""
+def _chosen(layer: Recorded, group: Tensor, rows=slice(None), columns=slice(None)) -> tuple[Tensor, Tensor]:
+    """Float32 queries [B,heads,rows,D] of the heads in group [H] bool, and for each its keys [B,heads,columns,D]."""
     index = group.nonzero()[:, 0]
-    return layer.q[:, index], layer.k[:, index // (layer.q.shape[1] // layer.k.shape[1])]
+    keys = index // (layer.q.shape[1] // layer.k.shape[1])
+    return layer.q[:, :, rows][:, index].float(), layer.k[:, :, columns][:, keys].float()
 
 
 def _band_blocks(
@@ -188,14 +189,15 @@ def _band_blocks(
     count, n = sum(int(group.sum()) for _, group in layers), mask.shape[1]
     first = int(mask.any(0).int().argmax())
     size = max(64, min(reach, 512))  # a block as high as its band is wide wastes half of it; 512: memory stays linear
-    chosen = [(layer, *_chosen(layer, group), layer.lse[:, group, :, None]) for layer, group in layers if group.any()]
+    layers = [(layer, group) for layer, group in layers if group.any()]
     for top in range(first, n, size):
         rows, columns = slice(top, min(top + size, n)), slice(max(0, top - reach), min(top + size, n))
         t, s = (torch.arange(x.start, x.stop, device=mask.device) for x in (rows, columns))
         back = t[:, None] - s
         mean = torch.zeros(len(mask), *back.shape, device=mask.device)
-        for layer, q, k, lse in chosen:
-            scores = q[:, :, rows].float() @ k[:, :, columns].float().mT  # [B,heads,rows,columns]
+        for layer, group in layers:
+            q, k = _chosen(layer, group, rows, columns)  # copies of a block, never of all N
+            scores, lse = q @ k.mT, layer.lse[:, :, rows][:, group, :, None]  # [B,heads,rows,columns], [B,heads,rows,1]
             seen = back >= 0 if layer.visible is None else layer.visible[:, :, rows, columns]
-            mean += scores.mul_(layer.scale).sub_(lse[:, :, rows]).masked_fill_(~seen, -torch.inf).exp_().sum(1)
+            mean += scores.mul_(layer.scale).sub_(lse).masked_fill_(~seen, -torch.inf).exp_().sum(1)
         yield rows, columns, back, mean / count
