@@ -116,6 +116,16 @@ def fused_attention(
     return out, lse[..., : q.shape[2]]  # that kernel pads the rows to a multiple of 32
 
 
+def attention_maps(layer: Recorded) -> Tensor:
+    """One layer's maps A [B,H,N,N], float32, for looking at: they take the memory that the signals do without."""
+    keys = layer.k.repeat_interleave(layer.q.shape[1] // layer.k.shape[1], 1).float()
+    seen = layer.visible
+    if seen is None:
+        seen = torch.ones(layer.q.shape[2], layer.q.shape[2], dtype=torch.bool, device=layer.q.device).tril()
+    scores = layer.q.float() @ keys.mT * layer.scale - layer.lse[..., None]
+    return scores.masked_fill(~seen, -torch.inf).exp()
+
+
 _recording: dict[int, Recorded | None] = {}  # layer: what to record; set by record(), filled by _attend
 
 

@@ -49,9 +49,9 @@ def start_actor(engine: str, name: str, context: int, seed: int, kv_cache_gib: f
     return TorchActor(model, tokenizer, context)
 
 
-def encode(tokenizer, prompts: list[str], max_tokens: int, context: int) -> list[list[int]]:
-    """Token numbers of each prompt; ValueError for one that is empty or leaves no room for a response."""
-    encoded = tokenizer(prompts).input_ids
+def encode(tokenizer, prompts: list[str] | list[list[int]], max_tokens: int, context: int) -> list[list[int]]:
+    """Token numbers of each prompt, given as text or already so; ValueError for one that is empty or leaves no room."""
+    encoded = tokenizer(prompts).input_ids if isinstance(prompts[0], str) else prompts
     for prompt, ids in zip(prompts, encoded):
         if not ids or len(ids) + max_tokens > context:
             raise ValueError(
@@ -95,9 +95,17 @@ class VLLMActor:
         self.tokenizer = self.llm.get_tokenizer()
 
     def generate(
-        self, prompts: list[str], n: int = 1, max_tokens: int = 128, temperature: float = 1.0, progress: bool = False
+        self,
+        prompts: list[str] | list[list[int]],
+        n: int = 1,
+        max_tokens: int = 128,
+        temperature: float = 1.0,
+        progress: bool = False,
     ) -> list[list[Rollout]]:
-        """n responses to each prompt, all in one call; temperature 0 is greedy. Returns [len(prompts)][n]."""
+        """n responses to each prompt (text, or token numbers), all in one call; temperature 0 is greedy.
+
+        Returns [len(prompts)][n].
+        """
         from vllm import SamplingParams, TokensPrompt
 
         encoded = encode(self.tokenizer, prompts, max_tokens, self.context)
@@ -143,7 +151,12 @@ class TorchActor:
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[str], n: int = 1, max_tokens: int = 128, temperature: float = 1.0, progress: bool = False
+        self,
+        prompts: list[str] | list[list[int]],
+        n: int = 1,
+        max_tokens: int = 128,
+        temperature: float = 1.0,
+        progress: bool = False,
     ) -> list[list[Rollout]]:
         """As VLLMActor.generate."""
         encoded = [ids for ids in encode(self.tokenizer, prompts, max_tokens, self.context) for _ in range(n)]
@@ -162,9 +175,9 @@ class TorchActor:
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=self.model.device)  # left
         attend = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=self.model.device)
         # Each is said outright: what is not said comes from the model's generation_config.json (top_k 20, say).
-        how = dict(do_sample=temperature > 0, top_k=0, top_p=1.0, min_p=None, repetition_penalty=1.0)
+        how = dict(do_sample=temperature > 0, repetition_penalty=1.0)
         if temperature > 0:
-            how["temperature"] = temperature
+            how |= dict(temperature=temperature, top_k=0, top_p=1.0, min_p=None)
         out = self.model.generate(
             ids, attention_mask=attend, max_new_tokens=max_tokens, pad_token_id=pad, eos_token_id=ends,
             return_dict_in_generate=True, output_logits=True, **how,

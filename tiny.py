@@ -41,8 +41,8 @@ class Args:
     steps: int = HfArg(default=1800, help="Optimizer steps.")
     batch: int = HfArg(default=64, help="Traces in a step.")
     lr: float = HfArg(default=3e-3, help="Peak learning rate.")
-    guided: float = HfArg(default=0.2, help="Share of tries that are the known solution.")
-    give_up: float = HfArg(default=0.25, help="Chance to give up after a failed try.")
+    guided: float = HfArg(default=0.25, help="Share of tries that are the known solution.")
+    give_up: float = HfArg(default=0.2, help="Chance to give up after a failed try.")
     seed: int = HfArg(default=0, help="Seed of the weights and the traces.")
 
 

@@ -35,6 +35,7 @@ import tasks
 from eval import evaluate, mean_interval
 from grpo import check_head, group_advantages, micro_batches, shape_advantages, token_logprobs, update
 from heads import Heads, layer_range, split_heads
+from linkage import Stability
 from metrics import Signals, measure_spans, observe
 from rollout import encode, load_model, pack, start_actor
 
@@ -235,15 +236,15 @@ def check(args: Args) -> None:
         raise ValueError(f"--eval_problems {args.eval_problems}: an interval needs 2 or more")
 
 
-def new_run_folder(args: Args) -> Path:
-    """The run's folder, made. A name given must be new; the default name gets the first free number."""
+def new_run_folder(args, name: str) -> Path:
+    """The run's folder, made, with args.json. args.out must be new; without it, the first free of runs/name-1, -2, …"""
     try:
         if args.out:
             folder = Path(args.out)
             if folder.is_dir() and any(folder.iterdir()):
                 raise ValueError(f"--out {args.out} already holds a run: give another folder, or remove it")
         else:
-            numbered = (Path(f"runs/{args.task}-{args.credit}-{i}") for i in range(1, 10**6))
+            numbered = (Path(f"runs/{name}-{i}") for i in range(1, 10**6))
             folder = next(f for f in numbered if not f.exists())
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(asdict(args), indent=1))
@@ -290,10 +291,15 @@ def main(args: Args) -> None:
             raise ValueError(f"--context {args.context}: {args.model} reads {longest} tokens at most")
         encode(tokenizer, [p.prompt for p in train_set + test_set], args.max_tokens, args.context)
         check_head(model)
-        if args.credit in RHYTHM:  # a model without recordable attention says so now
+        recordable = True
+        try:  # a model without recordable attention says so now
             probe = torch.tensor([[0, 1, 2]], device=model.device)
             measure_heads(args, model, probe, probe > 0, rows=torch.tensor([0], device=model.device))
-        folder = new_run_folder(args)
+        except ValueError:
+            recordable = False
+            if args.credit in RHYTHM:
+                raise
+        folder = new_run_folder(args, f"{args.task}-{args.credit}")
         print(f"{folder}: starting {args.engine} and warming it up (its first call is slow)", flush=True)
         how = dict(context=args.context, seed=args.seed, kv_cache_gib=args.kv_cache_gib)
         actor_infer = start_actor(args.engine, args.model, model=model, tokenizer=tokenizer, **how)
@@ -303,6 +309,8 @@ def main(args: Args) -> None:
     generator, rng = torch.Generator().manual_seed(args.seed), random.Random(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=True)
     log, heads, pool = [], None, []
+    layers = layer_range(model.config.get_text_config().num_hidden_layers, args.layers)
+    stability = Stability(layers, args.quantile, args.micro_tokens)
 
     def write(record: dict) -> None:
         log.append(record)
@@ -310,9 +318,12 @@ def main(args: Args) -> None:
             f.write(json.dumps(record) + "\n")
 
     def held_out(step: int) -> Tensor:
-        per_problem = evaluate(actor_infer, test_set, args.eval_samples, args.max_tokens)[1].mean(1)
-        mean, half = mean_interval(per_problem)
-        write({"step": step, "success": mean, "half_width_95": half})
+        rollouts, rewards = evaluate(actor_infer, test_set, args.eval_samples, args.max_tokens)
+        mean, half = mean_interval(per_problem := rewards.mean(1))
+        record = {"step": step, "success": mean, "half_width_95": half}
+        if recordable:
+            record["stability"] = stability(model, rollouts)
+        write(record)
         plot(folder, log)
         return per_problem
 

@@ -40,6 +40,8 @@ def test_a_run_with_vllm(tmp_path, capsys):
     assert last.startswith("held-out success") and "interval" in last and last.endswith(str(tmp_path / "run"))
     log = records(tmp_path / "run")
     assert [r["step"] for r in log if "success" in r] == [0, 2, 3]
+    stability = [r["stability"] for r in log if "success" in r]
+    assert stability[0]["local heads"] == 1 and 0.9 < stability[2]["FAI rank correlation"] <= 1
     steps = [r for r in log if "reward" in r]
     assert [r["step"] for r in steps] == [1, 2, 3]
     for r in steps:
@@ -105,8 +107,11 @@ def test_a_run_repeats_itself_and_micro_batches_do_not_matter(tmp_path):
             "--credit",
             "coupled",
         )
-    a, b, c = ([{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in records(tmp_path / x)]
-               for x in "abc")  # fmt: skip
+    dropped = ("seconds", "tokens_per_s", "stability")
+    a, b, c = (
+        [{k: v for k, v in r.items() if k not in dropped} | r.get("stability", {}) for r in records(tmp_path / x)]
+        for x in "abc"
+    )
     assert a == b
     for x, y in zip(a, c):
         assert x == pytest.approx(y, abs=2e-3), "the same but for rounding"
@@ -191,12 +196,12 @@ def test_a_wrong_credit_lists_the_choices(capsys):
 
 
 def test_a_second_run_never_writes_into_the_first(tmp_path, monkeypatch):
-    first = train.new_run_folder(train.Args(out=str(tmp_path / "run")))
+    first = train.new_run_folder(train.Args(out=str(tmp_path / "run")), "x")
     (first / "metrics.jsonl").write_text("kept")
     with pytest.raises(ValueError, match="already holds a run"):
-        train.new_run_folder(train.Args(out=str(first)))
+        train.new_run_folder(train.Args(out=str(first)), "x")
     monkeypatch.chdir(tmp_path)
-    folders = [train.new_run_folder(train.Args()) for _ in range(2)]
+    folders = [train.new_run_folder(train.Args(), "countdown-tiny-coupled") for _ in range(2)]
     assert [f.name for f in folders] == ["countdown-tiny-coupled-1", "countdown-tiny-coupled-2"]
 
 

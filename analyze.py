@@ -1,0 +1,232 @@
+"""The evidence, to look at: does attention show the preplan-and-anchor rhythm (arXiv 2510.13554, Sec. 4)?
+
+    python analyze.py                                         the embedded model, on held-out problems
+    python analyze.py --model Qwen/Qwen3-4B-Base --task gsm8k --max_tokens 1024
+    python analyze.py --run runs/countdown-tiny-coupled-1     how the signals held while a run moved the weights
+
+Samples a response to each problem, looks at every head's maps, and writes a folder: index.html (the responses to hover
+over, all tables, all pictures, in one file), the pictures as PNG, tables.md, and analysis.json with every figure.
+
+Where this departs from the paper, and why:
+1. What a peak is, it does not say; linkage.py states ours and shows two more.
+2. The continuation that a forced token is compared with is the greedy one from the same place with the token that stood
+   there, so that the token is all that differs; the sampled rest would differ by its own chance as well.
+3. Matched controls, separators by themselves, the same tables for other layers and splits, and for a model of the same
+   shape with random weights are added: position and structure alone could make a link.
+4. Entropy is that of the model's own distribution (temperature 1), as training sees it, whatever the sampling was.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+import credit
+import linkage
+import perturb
+import report
+import tasks
+from eval import evaluate
+from grpo import check_head
+from heads import attention_maps, layer_range, record, split_heads
+from rollout import load_model, pack, start_actor
+from train import new_run_folder
+
+PAGES = 6  # responses shown on the page
+
+
+@dataclass
+class Args:
+    """Look for the preplan-and-anchor rhythm in a model's attention; or, with --run, at how it fared in training."""
+
+    model: str = HfArg(default="assets/tiny", help="Folder or hub name of a transformers checkpoint.")
+    task: str = HfArg(default="countdown-tiny", help=f"One of: {', '.join(tasks.TASKS)}.")
+    run: str | None = HfArg(default=None, help="Plot the stability that this run of train.py logged; nothing else.")
+    problems: int = HfArg(default=70, help="Held-out problems, one response each.")
+    temperature: float = HfArg(default=0.7, help="Of the sampled responses.")
+    max_tokens: int = HfArg(default=128, help="Longest response, and longest continuation.")
+    top_k: int = HfArg(default=3, help="Other tokens forced at a position.")
+    positions: int = HfArg(default=3, help="Positions of highest, and of lowest FAI in a response.")
+    engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
+    seed: int = HfArg(default=0, help="Seed of sampling and of the random weights.")
+    micro_tokens: int = HfArg(default=2048, help="Tokens in one forward pass.")
+    out: str | None = HfArg(default=None, help="Folder to write; it must be new (default: a new one under runs/).")
+
+
+def by_layers_and_split(looks: dict[str, linkage.PerHead]) -> dict[str, dict]:
+    """Table 2 for the bottom and top layers, and for other head splits of the middle ones."""
+    ways = {f"{where} layers": (where, 0.3) for where in ("bottom", "middle", "top")}
+    ways |= {f"split {q:.0%}": ("middle", q) for q in (0.2, 0.4, 0.5)}
+    return {name: linkage.table(linkage.responses_of(looks[where], q)[0]) for name, (where, q) in ways.items()}
+
+
+def separators(tokenizer, rollouts: list, responses: list[linkage.Response]) -> dict[str, float]:
+    """The share of separators (perturb.is_separator) among all tokens that have FAI, its peaks, and T_glob."""
+    flags, peaks, t_glob = [], [], []
+    for rollout, response in zip(rollouts, responses):
+        able = ~np.isnan(response["FAI"])
+        flags += [perturb.is_separator(tokenizer.decode([t])) for t, ok in zip(rollout.ids, able) if ok]
+        peaks += (linkage.peaks(response["FAI"]) == 1)[able].tolist()
+        fai = torch.tensor(np.nan_to_num(response["FAI"]))[None]
+        t_glob += credit.top_q(fai, torch.ones_like(fai, dtype=torch.bool), 0.4, fai > 0)[0][able].tolist()
+    flags, peaks, t_glob = np.array([flags, peaks, t_glob])
+    return {
+        "all tokens": float(flags.mean()),
+        "FAI peaks": float(flags[peaks].mean()),
+        "T_glob, the 40 % of highest FAI": float(flags[t_glob].mean()),
+    }
+
+
+def described(tokenizer, problem, rollout, response: linkage.Response) -> dict:
+    """One response for the page: its tokens, and what the tip of each says."""
+    tokens = [tokenizer.decode([t]) for t in rollout.ids]
+    waad, fai, entropy = (torch.tensor(np.nan_to_num(response[n]))[None].float() for n in ("WAAD", "FAI", "entropy"))
+    mask = torch.ones_like(waad, dtype=torch.bool)
+    gamma = {
+        "local": credit.local_chunk(waad, mask),
+        "global": credit.global_anchor(fai, mask),
+        "coupled": credit.coupled_rhythm(waad, fai, mask),
+        "entropy": credit.high_entropy(entropy, mask),
+    }
+    delta = credit.waad_change(waad, mask)
+    tips = [
+        f"{report.visible(token)}\nposition {t}\nWAAD {waad[0, t]:.2f}\nΔ {delta[0, t]:.2f}\n"
+        f"FAI {response['FAI'][t]:.4f}\nentropy {entropy[0, t]:.3f}\n"
+        + "\n".join(f"γ {name} {g[0, t]:.2f}" for name, g in gamma.items())
+        for t, token in enumerate(tokens)
+    ]
+    return {
+        "prompt": problem.prompt, "correct": tasks.reward(problem, rollout.text) == 1, "tokens": tokens,
+        "waad": response["WAAD"], "fai": response["FAI"], "tips": tips,
+    }  # fmt: skip
+
+
+def mean_maps(model, ids: list[int], first: int, layers: list[int], spans: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Eq. 8 for one sequence: mean maps of the local and of the far heads, response rows and columns; [T,T] each."""
+    with torch.no_grad(), record(model, layers) as recorded:
+        model.base_model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    maps = torch.cat([attention_maps(recorded[layer])[0] for layer in layers])[:, first:, first:].cpu()  # [heads,T,T]
+    return tuple(maps[group].mean(0).numpy() for group in split_heads(spans))
+
+
+def stability(args: Args) -> None:
+    """--run: what train.py logged at its evaluations, plotted against success."""
+    log = Path(args.run) / "metrics.jsonl"
+    try:
+        records = [r for r in map(json.loads, log.read_text().splitlines()) if "stability" in r]
+    except OSError as e:
+        sys.exit(f"error: --run {args.run}: cannot read {log} ({e.strerror}); give the folder of a run of train.py")
+    if not records:
+        sys.exit(f"error: --run {args.run}: {log} has no evaluation with a stability record (older run?)")
+    path = Path(args.run) / "stability.png"
+    report.stability_figure(records, path)
+    rows = [["", *(f"step {r['step']}" for r in records)], ["success", *(f"{r['success']:.3f}" for r in records)]]
+    rows += [[name, *(f"{r['stability'][name]:.2f}" for r in records)] for name in records[0]["stability"]]
+    print(report.markdown(rows))
+    print(f"stability over {len(records)} evaluations: {path}")
+
+
+def main(args: Args) -> None:
+    if args.run:
+        return stability(args)
+    started = time.perf_counter()
+    try:
+        for name, least in (("problems", 10), ("max_tokens", 16), ("top_k", 1), ("positions", 1), ("micro_tokens", 1)):
+            if getattr(args, name) < least:
+                raise ValueError(f"--{name} {getattr(args, name)}: must be {least} or more")
+        problems = tasks.load(args.task, "test", args.problems)
+        model, tokenizer = load_model(args.model)
+        check_head(model)
+        context = max(map(len, tokenizer([p.prompt for p in problems]).input_ids)) + 2 * args.max_tokens
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", context)
+        if context > longest:
+            raise ValueError(f"--max_tokens {args.max_tokens}: prompt, response and continuation take {context}, "
+                             f"{args.model} reads {longest}")  # fmt: skip
+        folder = new_run_folder(args, f"analysis-{args.task}")
+        print(f"{folder}: starting {args.engine}", flush=True)
+        actor = start_actor(args.engine, args.model, context, args.seed, model=model, tokenizer=tokenizer)
+        torch.manual_seed(args.seed)
+        rollouts, rewards = evaluate(actor, problems, 1, args.max_tokens, args.temperature)
+        rollouts = [r[0] for r in rollouts]
+        long = [i for i, r in enumerate(rollouts) if len(r.ids) > linkage.H_LO + 10]
+        if len(long) < 2:
+            raise ValueError(f"{args.model}: {len(long)} of {len(rollouts)} responses are longer than "
+                             f"{linkage.H_LO + 10} tokens; nothing can be said of them")  # fmt: skip
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    input_ids, mask, _ = (x.to(model.device) for x in pack(rollouts))
+    count = model.config.get_text_config().num_hidden_layers
+    layers = {where: layer_range(count, where) for where in ("middle", "bottom", "top")}
+
+    looks = {
+        w: linkage.per_head(model, input_ids, mask, ls, args.micro_tokens) for w, ls in tqdm(layers.items(), "maps")
+    }
+    responses, overlap = linkage.responses_of(looks["middle"])
+    torch.manual_seed(args.seed)
+    untrained = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).to(model.device).eval()
+    floor = linkage.responses_of(linkage.per_head(untrained, input_ids, mask, layers["middle"], args.micro_tokens))[0]
+    del untrained
+
+    print(
+        f"{args.model}: {100 * rewards.mean():.1f} % of {len(rollouts)} responses right, {mask.sum()} tokens",
+        flush=True,
+    )
+    found = {
+        "args": asdict(args),
+        "success": rewards.mean().item(),
+        "receiver heads in H_glob": overlap,
+        "table 2": {how: linkage.table(responses, how) for how in tqdm(linkage.PEAKS, "linkage")},
+        "floor": {how: linkage.table(floor, how) for how in linkage.PEAKS},
+        "by layers and split": by_layers_and_split(looks),
+        "offsets": linkage.offsets(responses),
+        "separators": separators(tokenizer, rollouts, responses),
+        "table 1": perturb.table(
+            actor, model, tokenizer, problems, rollouts, responses, input_ids, mask,
+            args.max_tokens, args.positions, args.top_k,
+        ),
+    }  # fmt: skip
+    actor.close()
+
+    right = [i for i in long if rewards[i, 0] == 1] or long
+    shown = min(right, key=lambda i: abs(len(rollouts[i].ids) - 45))  # short, but with more than one thought
+    r = rollouts[shown]
+    maps = mean_maps(model, r.prompt_ids + r.ids, len(r.prompt_ids), layers["middle"], looks["middle"].spans)
+    tokens = [report.visible(tokenizer.decode([t])) for t in r.ids]
+    report.maps_figure(*maps, responses[shown], tokens, folder / "maps.png")
+    report.forest_figure(found, folder / "linkage.png")
+    report.offsets_figure(found, folder / "offsets.png")
+    report.perturbation_figure(found, folder / "perturbation.png")
+
+    order = [shown, *(i for i in long if i != shown)][:PAGES]
+    texts = [described(tokenizer, problems[i], rollouts[i], responses[i]) for i in order]
+    title, tables = f"Preplan and anchor in {args.model}", report.tables(found)
+    intro = (
+        f"{len(rollouts)} responses to {args.task}, temperature {args.temperature}, "
+        f"{100 * found['success']:.1f} % right. "
+        f"{100 * overlap:.0f} % of the receiver heads are far heads (30 % by chance)."
+    )
+    images = [folder / f"{name}.png" for name in ("maps", "linkage", "offsets", "perturbation")]
+    (folder / "index.html").write_text(report.page(title, intro, found, texts, images))
+    text = "\n\n".join(f"### {name}\n\n{report.markdown(rows)}" for name, rows in tables.items())
+    (folder / "tables.md").write_text(text)
+    (folder / "analysis.json").write_text(json.dumps(found, indent=1))
+
+    print(text)
+    lifts = ", ".join(
+        f"{name} {100 * found['table 2']['maxima'][name]['lift'][0]:+.0f} %" for name in report.PAPER_LINKS
+    )
+    minutes, seconds = divmod(round(time.perf_counter() - started), 60)
+    print(f"lifts over random: {lifts}; {minutes} min {seconds} s: {folder}/index.html")
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(Args).parse_args_into_dataclasses())

@@ -1,0 +1,273 @@
+"""The evidence as pictures, tables and one page to read: what analyze.py found, made visible."""
+
+import base64
+import html
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import PowerNorm
+
+import linkage
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Table 2 of arXiv 2510.13554, random and observed, by our names; and its Table 1.
+PAPER_LINKS = {
+    "entropy at WAAD peaks": (0.2386, 0.3608),
+    "receiver peaks that are FAI peaks": (0.2241, 0.6084),
+    "FAI peaks at or after WAAD peaks": (0.3687, 0.5253),
+}
+PAPER_KEPT = {"kept at high": 0.534, "kept at low": 0.631, "less kept at high, share of problems": 0.8714}
+
+
+def interval(x: list[float], percent: bool = False) -> str:
+    """[value, low, high] as text.
+
+    >>> interval([0.5, 0.4, 0.625]), interval([0.5, 0.4, 0.625], percent=True)
+    ('0.500 (0.400 to 0.625)', '+50 % (+40 to +62)')
+    """
+    if percent:
+        return "{:+.0f} % ({:+.0f} to {:+.0f})".format(*(100 * v for v in x))
+    return "{:.3f} ({:.3f} to {:.3f})".format(*x)
+
+
+def tables(found: dict) -> dict[str, list[list[str]]]:
+    """Every table of the report by its title: rows of cells, the first row the heads."""
+    main, floor = found["table 2"][linkage.PEAKS[0]], found["floor"][linkage.PEAKS[0]]
+    links = [["Table 2", "random", "observed", "lift", "p", "peaks", "lift, random weights", "the paper"]]
+    for name, x in main.items():
+        paper = PAPER_LINKS.get(name)
+        links.append(
+            [
+                name, interval(x["random"]), interval(x["observed"]), interval(x["lift"], True), f"{x['p']:.4f}",
+                str(x["peaks"]), interval(floor[name]["lift"], True),
+                f"{paper[0]} → {paper[1]}, {100 * (paper[1] / paper[0] - 1):+.0f} %" if paper else "",
+            ]
+        )  # fmt: skip
+
+    def columns(title: str, by: dict[str, dict]) -> list[list[str]]:
+        rows = [[name, *(interval(t[name]["lift"], True) for t in by.values())] for name in linkage.LINKS]
+        return [[title, *by], *rows]
+
+    shifts = [["a peak of → has a peak of", "one token before", "on it", "one token after"]]
+    for pair, at in found["offsets"].items():
+        shifts.append([pair.replace("->", "→"), *(interval(x["lift"], True) for x in at.values())])
+
+    kept = [["Table 1", *found["table 1"], "the paper"]]
+    for name in next(iter(found["table 1"].values())):
+        cells = [column.get(name) for column in found["table 1"].values()]
+        text = [interval(c) if isinstance(c, list) else "" if c is None else f"{c:.4g}" for c in cells]
+        kept.append([name, *text, str(PAPER_KEPT.get(name, ""))])
+
+    shares = [["share that are separators", ""]]
+    shares += [[name, f"{100 * x:.1f} %"] for name, x in found["separators"].items()]
+    return {
+        "Linkage: do the peaks fall together?": links,
+        "The same lifts under other definitions of a peak": columns(
+            "lift", found["table 2"] | {f"random weights, {how}": t for how, t in found["floor"].items()}
+        ),
+        "The same lifts by layers and by head split": columns("lift", found["by layers and split"]),
+        "Offsets: lifts of one series' peaks around another's": shifts,
+        "Perturbation: what is kept after another token is forced": kept,
+        "Separators": shares,
+    }
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table as Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def forest_figure(found: dict, path: Path) -> None:
+    """Lifts with their intervals: the five links side by side, a line for each way of looking."""
+    rows = {
+        **{f"peaks: {how}": t for how, t in found["table 2"].items()},
+        **found["by layers and split"],
+        **{f"random weights: {how}": t for how, t in found["floor"].items()},
+    }
+    fig, axes = plt.subplots(1, len(linkage.LINKS), figsize=(13, 4.6), sharey=True)
+    for ax, name in zip(axes, linkage.LINKS):
+        for y, (label, t) in enumerate(rows.items()):
+            value, low, high = (100 * v for v in t[name]["lift"])
+            color = "tab:gray" if label.startswith("random") else "tab:red" if y == 0 else "tab:blue"
+            ax.plot([low, high], [y, y], color=color, lw=1.5)
+            ax.plot(value, y, "o", color=color, ms=5)
+        ax.axvline(0, color="black", lw=0.8)
+        if name in PAPER_LINKS:
+            random, observed = PAPER_LINKS[name]
+            ax.axvline(100 * (observed / random - 1), color="tab:green", ls="--", lw=1.2, label="paper")
+            ax.legend(fontsize=8, loc="lower right")
+        ax.set_title(name.replace(" that ", "\nthat ").replace(", ", ",\n").replace(" WAAD", "\nWAAD"), fontsize=10)
+        ax.set_xlabel("lift over random, %")
+        ax.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(rows)), rows)
+    axes[0].invert_yaxis()
+    _save(fig, path)
+
+
+def offsets_figure(found: dict, path: Path) -> None:
+    """Three grids: how much likelier than by chance a column's peak is one token before, on, after a row's."""
+    names = linkage.SERIES
+    fig, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    for ax, at, title in zip(axes, ("previous", "exact", "next"), ("one token before", "on the token", "one after")):
+        grid = [
+            [np.nan if a == b else 100 * found["offsets"][f"{a} -> {b}"][at]["lift"][0] for b in names] for a in names
+        ]
+        shown = ax.imshow(grid, cmap="RdBu_r", vmin=-100, vmax=100)
+        for i, row in enumerate(grid):
+            for j, value in enumerate(row):
+                if not np.isnan(value):
+                    ax.text(
+                        j, i, f"{value:+.0f}", ha="center", va="center", color="white" if abs(value) > 60 else "black"
+                    )
+        ax.set_xticks(range(4), names, rotation=30, ha="right")
+        ax.set_yticks(range(4), names if at == "previous" else [])
+        ax.set_title(f"… has a peak of … {title}", fontsize=11)
+    axes[0].set_ylabel("a peak of …")
+    fig.colorbar(shown, ax=axes, label="lift over random, %", shrink=0.8)
+    _save(fig, path)
+
+
+def perturbation_figure(found: dict, path: Path) -> None:
+    """What is kept after forcing another token, at high and at low FAI, and how often that flips the verdict."""
+    fig, axes = plt.subplots(1, 2, figsize=(11, 3.6))
+    columns = {name: c for name, c in found["table 1"].items() if "kept at high" in c}
+    for ax, what, title in (
+        (axes[0], "kept at", "content words kept (Jaccard)"),
+        (axes[1], "verdict flips at", "verdicts flipped"),
+    ):
+        for offset, side, color in ((-0.18, "high", "tab:red"), (0.18, "low", "tab:blue")):
+            stats = np.array([c[f"{what} {side}"] for c in columns.values()])  # [columns,3]
+            ax.bar(
+                np.arange(len(stats)) + offset, stats[:, 0], 0.34, color=color, label=f"{side} FAI",
+                yerr=np.abs(stats[:, 1:] - stats[:, :1]).T, capsize=3,
+            )  # fmt: skip
+        if what == "kept at":
+            for offset, name in ((-0.18, "kept at high"), (0.18, "kept at low")):
+                ax.plot(offset, PAPER_KEPT[name], "k_", ms=18, mew=2, label="the paper" if offset < 0 else None)
+        ax.set_xticks(range(len(columns)), columns, rotation=12)
+        ax.set_title(title)
+        ax.legend(fontsize=8)
+    _save(fig, path)
+
+
+def maps_figure(local: np.ndarray, far: np.ndarray, response: linkage.Response, tokens: list[str], path: Path) -> None:
+    """Fig. 2: the two mean maps [T,T] of one response, and under each what is read off it."""
+    fig, axes = plt.subplots(
+        3, 2, figsize=(13, 10), height_ratios=(6, 1, 1), sharex=True, layout="constrained", gridspec_kw={"hspace": 0.02}
+    )
+    t = np.arange(len(tokens))
+    size = min(9.0, 560 / len(tokens))
+    for column, grid, title, under in (
+        (0, local, "local heads", (("WAAD", "tab:blue"), ("entropy", "tab:gray"))),
+        (1, far, "far heads", (("FAI", "tab:red"), ("receiver FAI", "tab:purple"))),
+    ):
+        axes[0, column].imshow(np.ma.masked_equal(grid, 0), cmap="magma_r", norm=PowerNorm(0.4), aspect="auto")
+        axes[0, column].set_title(f"mean map of the {title}: row looks back at column")
+        axes[0, column].set_yticks(t, tokens, fontsize=size, family="monospace")
+        for ax, (name, color) in zip(axes[1:, column], under):
+            ax.bar(t, np.nan_to_num(response[name]), color=color, width=0.9)
+            top = linkage.peaks(response[name]) == 1
+            ax.plot(t[top], response[name][top], "kv", ms=3)
+            ax.set_ylabel(name)
+        axes[2, column].set_xticks(t, tokens, fontsize=size, family="monospace", rotation=90)
+    fig.supxlabel("tokens of the response; marks are the peaks", fontsize=10)
+    _save(fig, path)
+
+
+def stability_figure(records: list[dict], path: Path) -> None:
+    """Through a run: success, then how far heads, WAAD and FAI have moved, then the lifts."""
+    steps = [r["step"] for r in records]
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), sharex=True)
+    left.errorbar(steps, [100 * r["success"] for r in records], [100 * r["half_width_95"] for r in records],
+                  fmt="o-", capsize=3, color="black")  # fmt: skip
+    left.set(title="held-out success, %", xlabel="step")
+    for name, style in (("local heads", "o-"), ("far heads", "s-"), ("WAAD rank correlation", "^--"),
+                        ("FAI rank correlation", "v--")):  # fmt: skip
+        label = f"{name}, overlap" if name.endswith("heads") else name
+        middle.plot(steps, [r["stability"][name] for r in records], style, label=label)
+    middle.set(title="against the first step", xlabel="step", ylim=(0, 1.05))
+    for name in PAPER_LINKS:
+        right.plot(steps, [100 * r["stability"][name] for r in records], "o-", label=name)
+    right.axhline(0, color="black", lw=0.8)
+    right.set(title="lift over random, %", xlabel="step")
+    for ax in (middle, right):
+        ax.legend(fontsize=8)
+    fig.tight_layout()
+    _save(fig, path)
+
+
+def _save(fig, path: Path) -> None:
+    if fig.get_layout_engine() is None:
+        fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+STYLE = """
+:root { color-scheme: light dark; --w: #2563eb; --f: #dc2626; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; font-size: .85rem; display: block; overflow-x: auto; }
+th, td { border: 1px solid #8886; padding: .2rem .5rem; text-align: left; }
+img { max-width: 100%; background: white; }
+.text { font: 1.05rem/1.9 ui-monospace, monospace; margin: .3rem 0 1rem; overflow-wrap: anywhere; }
+.text span { position: relative; border-radius: 3px; padding: .1rem 0; cursor: default; white-space: pre-wrap; }
+.waad span { background: color-mix(in srgb, var(--w) calc(var(--x) * 75%), transparent); }
+.fai span { background: color-mix(in srgb, var(--f) calc(var(--x) * 75%), transparent); }
+.text span:hover { outline: 2px solid; }
+.text span:hover::after { content: attr(data-tip); position: absolute; left: 0; top: 1.9em; z-index: 1;
+  padding: .4rem .6rem; font-size: .8rem;
+  line-height: 1.35; white-space: pre; background: Canvas; color: CanvasText; border: 1px solid; }
+small { opacity: .75; }
+"""
+
+
+def visible(token: str) -> str:
+    """A token with its white space and control characters made visible.
+
+    >>> visible(" so\\n"), visible("\\x00")
+    ('␣so↵', '\\\\x00')
+    """
+    shown = token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
+
+
+def token_spans(tokens: list[str], shade: np.ndarray, tips: list[str]) -> str:
+    """The tokens as HTML spans, shaded from 0 to 1, each with its tip; a line break where the text has one."""
+    parts = []
+    for token, x, tip in zip(tokens, np.clip(np.nan_to_num(shade), 0, 1), tips):
+        text = html.escape(visible(token).replace("␣", " ") or "∅")
+        parts.append(
+            f'<span style="--x:{x:.2f}" data-tip="{html.escape(tip)}">{text}</span>' + "<br>" * ("\n" in token)
+        )
+    return "".join(parts)
+
+
+def page(title: str, intro: str, found: dict, texts: list[dict], images: list[Path]) -> str:
+    """The whole report as one HTML page that needs no other file. texts: prompt, correct, tokens, waad, fai, tips."""
+    title, intro = html.escape(title), html.escape(intro)
+    out = [
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
+        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{intro}</p><h2>Responses</h2>",
+        "<p>Shaded from the response's lowest value to its highest. Hover over a token for its numbers.</p>",
+    ]
+    for n, text in enumerate(texts, 1):
+        verdict = "right" if text["correct"] else "wrong"
+        out.append(f"<h3>Response {n}, {verdict}</h3><div class=text>{html.escape(visible(text['prompt']))}</div>")
+        for name in ("waad", "fai"):
+            x = np.asarray(text[name])
+            low, high = np.nanmin([*x, np.inf]), np.nanmax([*x, -np.inf])
+            shade = (x - low) / (high - low) if high > low else np.zeros(len(x))
+            out.append(f"<small>{name.upper()}</small><div class='text {name}'>")
+            out.append(token_spans(text["tokens"], shade, text["tips"]) + "</div>")
+    for name, rows in tables(found).items():
+        head, *body = ["".join(f"<td>{html.escape(c)}</td>" for c in row) for row in rows]
+        out.append(f"<h2>{html.escape(name)}</h2><table><tr>{head.replace('td>', 'th>')}</tr>")
+        out.append("".join(f"<tr>{row}</tr>" for row in body) + "</table>")
+    for image in images:
+        data = base64.b64encode(image.read_bytes()).decode()
+        out.append(f"<p><img alt='{html.escape(image.stem)}' src='data:image/png;base64,{data}'></p>")
+    return "\n".join(out)

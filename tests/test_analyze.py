@@ -1,0 +1,132 @@
+"""analyze.py as users run it; and the page, which must hold whatever text a model writes."""
+
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from transformers import HfArgumentParser
+
+import analyze
+import linkage
+import report
+import rollout
+
+
+def run(*argv):
+    analyze.main(*HfArgumentParser(analyze.Args).parse_args_into_dataclasses([*map(str, argv)]))
+
+
+class Page(HTMLParser):
+    """Collects tags, and the token spans' text and tips."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.spans, self.tips, self.inside, self.outside = [], [], [], False, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "span":
+            self.inside = True
+            self.spans.append("")
+            self.tips.append(dict(attributes)["data-tip"])
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "span"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.spans[-1] += data
+
+
+def test_the_whole_analysis_with_vllm(tmp_path, capsys):
+    out = tmp_path / "evidence"
+    run("--problems", 12, "--out", out)
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert printed[-1].startswith("lifts over random:") and printed[-1].endswith(f"{out}/index.html")
+    for name in ("maps", "linkage", "offsets", "perturbation"):
+        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+    found = json.loads((out / "analysis.json").read_text())
+    assert set(found["table 2"]) == set(found["floor"]) == set(linkage.PEAKS)
+    assert set(found["by layers and split"]) == {"bottom layers", "middle layers", "top layers", "split 20%",
+                                                 "split 40%", "split 50%"}  # fmt: skip
+    for table in (*found["table 2"].values(), *found["floor"].values(), *found["by layers and split"].values()):
+        for link in (table[name] for name in linkage.LINKS):
+            assert 0 < link["p"] <= 1 and link["lift"][1] <= link["lift"][0] <= link["lift"][2]
+    assert len(found["offsets"]) == 12
+    for column in found["table 1"].values():
+        assert 0 <= column["kept at high"][1] <= column["kept at high"][0] <= column["kept at high"][2] <= 1
+    high, control = (found["table 1"][name]["kept at high"] for name in ("as the paper", "matched"))
+    assert high == control, "the same high places in both columns"
+    assert abs(found["table 1"]["matched"]["entropy at high"] - found["table 1"]["matched"]["entropy at low"]) < 0.1
+    assert found["by layers and split"]["middle layers"] == found["table 2"]["prominent"]
+    assert 0 < found["separators"]["all tokens"] < 0.5
+
+    page = Page((out / "index.html").read_text())
+    assert not [a for _, a in page.tags for name in ("src", "href") if not a.get(name, "data:").startswith("data:")]
+    assert len(page.spans) > 100 and sum(tag == "img" for tag, _ in page.tags) == 4
+    assert all(word in page.tips[0] for word in ("position 0", "WAAD", "Δ", "FAI", "entropy", "γ coupled"))
+    assert "| Table 1 |" in (out / "tables.md").read_text()
+
+    with pytest.raises(SystemExit, match="already holds"):
+        run("--problems", 12, "--out", out)
+
+
+def test_the_page_escapes_whatever_a_model_writes():
+    hostile = [
+        "<script>alert(1)</script>",
+        '"><img src=x onerror=alert(1)>',
+        "\x00\x1b[2J",
+        "'&amp;",
+        "\n",
+        "",
+        "🎯",
+        "\u202e",
+    ]
+    n = len(hostile)
+    found_page = report.token_spans(hostile, np.linspace(0, 1, n), [f"{report.visible(t)}\nWAAD 1" for t in hostile])
+    page = Page(found_page)
+    assert {tag for tag, _ in page.tags} == {"span", "br"} and len(page.spans) == n
+    assert page.spans[0] == hostile[0] and page.spans[1] == hostile[1] and page.spans[3] == hostile[3]
+    assert "\x00" not in found_page and "\u202e" not in found_page
+    assert page.tips[0] == f"{hostile[0]}\nWAAD 1"
+    assert "nan" not in report.token_spans(["a"], np.array([np.nan]), [""])
+
+
+def test_the_run_that_was_logged_is_plotted(tmp_path, capsys):
+    stability = {"local heads": 0.8, "far heads": 0.9, "WAAD rank correlation": 0.7, "FAI rank correlation": 0.6}
+    stability |= dict.fromkeys(linkage.LINKS, 0.1)
+    lines = [{"step": s, "success": 0.2 + s / 100, "half_width_95": 0.02, "stability": stability} for s in (0, 20, 40)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"step": 1, "reward": 0.5}])))
+    run("--run", tmp_path)
+    assert (tmp_path / "stability.png").stat().st_size > 5000
+    assert capsys.readouterr().out.strip().splitlines()[-1].endswith("stability.png")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--problems", "3"], "--problems 3: must be 10 or more"),
+        (["--task", "sums"], "unknown task 'sums'"),
+        (["--model", "no/such/place"], "cannot load a model from 'no/such/place'"),
+        (["--max_tokens", "400"], "--max_tokens 400.*assets/tiny reads 512"),
+        (["--out", "/proc/nothing/x"], "cannot write there"),
+        (["--run", "no/such/run"], "--run no/such/run: cannot read"),
+    ],
+)
+def test_bad_arguments_are_one_line(argv, message, monkeypatch):
+    monkeypatch.setattr(analyze, "start_actor", None)
+    with pytest.raises(SystemExit, match=f"error: .*{message}") as e:
+        run(*argv)
+    assert "\n" not in str(e.value)
+
+
+def test_responses_too_short_to_say_anything(tmp_path):
+    model, tokenizer = rollout.load_model("assets/tiny")
+    model.generation_config.eos_token_id = list(range(len(tokenizer)))  # whatever it writes ends it
+    model.save_pretrained(tmp_path / "mute")
+    tokenizer.save_pretrained(tmp_path / "mute")
+    with pytest.raises(SystemExit, match="0 of 12 responses are longer than 20 tokens"):
+        run("--problems", 12, "--engine", "torch", "--model", tmp_path / "mute", "--out", tmp_path / "out")

@@ -1,0 +1,110 @@
+"""The perturbation experiment: alternatives, controls and comparisons, each against what they should be."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import linkage
+import perturb
+import rollout
+import tasks
+from heads import middle_layers
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    model, tokenizer = rollout.load_model("assets/tiny")
+    torch.manual_seed(0)
+    actor = rollout.TorchActor(model, tokenizer)
+    problems = tasks.load("countdown-tiny", "test", 6)
+    rollouts = [r[0] for r in actor.generate([p.prompt for p in problems], 1, 96)]
+    ids, mask, _ = rollout.pack(rollouts)
+    responses, _ = linkage.responses_of(linkage.per_head(model, ids, mask, middle_layers(12)))
+    return model, tokenizer, actor, problems, rollouts, ids, mask, responses
+
+
+def test_alternatives_are_the_likeliest_other_tokens(sampled):
+    model, tokenizer, _, _, rollouts, ids, mask, _ = sampled
+    banned = tokenizer.all_special_ids
+    places = [(0, 0), (0, 5), (3, 11), (5, len(rollouts[5].ids) - 1)]
+    got = perturb.alternatives(model, ids, mask, places, 3, banned)
+    for (i, t), row in zip(places, got):
+        r = rollouts[i]
+        logits = model(torch.tensor([r.prompt_ids + r.ids[:t]])).logits[0, -1]
+        order = [x for x in logits.argsort(descending=True).tolist() if x != r.ids[t] and x not in banned]
+        assert row == order[:3]
+
+
+def test_the_same_token_changes_nothing_and_a_wrong_one_flips_the_verdict(sampled):
+    _, tokenizer, actor, problems, rollouts, _, _, _ = sampled
+    places = [(i, t) for i in range(6) for t in (2, 9)]
+    same = perturb.perturb(
+        actor, tokenizer, problems, rollouts, places, [[rollouts[i].ids[t]] * 2 for i, t in places], 96
+    )
+    assert all(kept == (1.0, 0.0) for kept in same.values()) and list(same) == places
+
+    problem = problems[0]  # a response that is just about to close a right answer: ")" instead spoils it
+    expressions = (tasks.random_expression(problem.numbers, random.Random(seed))[2] for seed in range(999))
+    solution = next(e for e in expressions if tasks.reward(problem, f"<answer>{e}</answer>"))
+    ids = tokenizer(f"1+1=2n</think><answer>{solution}</answer>").input_ids
+    right = rollout.Rollout(tokenizer(problem.prompt).input_ids, ids, [0.0] * len(ids), "", False)
+    close = tokenizer(")").input_ids
+    kept = perturb.perturb(actor, tokenizer, [problem], [right], [(0, len(ids) - 1)], [close], 16)
+    assert kept[0, len(ids) - 1].flipped == 1.0
+
+
+def test_controls_are_close_in_position_and_entropy():
+    rng = np.random.default_rng(0)
+    responses = []
+    for _ in range(8):  # high FAI comes late and is uncertain
+        t = np.arange(60) / 60
+        responses.append({"FAI": t + 0.3 * rng.random(60), "entropy": 0.5 * t + rng.random(60)})
+        responses[-1]["FAI"][-10:] = np.nan
+    high = [(i, t) for i, r in enumerate(responses) for t in perturb.extremes(r, 3)[0]]
+    low = [(i, t) for i, r in enumerate(responses) for t in perturb.extremes(r, 3)[1]]
+    control = perturb.matched(responses, high)
+    assert len(control) == len(high) == len(set(control)) and not set(control) & set(high)
+    assert all(responses[i]["FAI"][t] <= np.nanmedian(responses[i]["FAI"]) for i, t in control)
+
+    def mean(places, what):
+        return np.mean([t / 60 if what == "position" else responses[i]["entropy"][t] for i, t in places])
+
+    for what in ("position", "entropy"):
+        assert abs(mean(high, what) - mean(control, what)) < 0.75 * abs(mean(high, what) - mean(low, what))
+
+
+def test_extremes_are_disjoint_and_within_their_kind():
+    response = {"FAI": np.array([0.5, 0.1, 0.9, 0.3, 0.2, np.nan])}
+    assert perturb.extremes(response, 2) == ([0, 2], [1, 4])
+    assert perturb.extremes(response, 9) == ([0, 2], [1, 4])
+    assert perturb.extremes(response, 1, np.array([1, 1, 0, 1, 0, 1], dtype=bool)) == ([0], [1])
+    assert perturb.extremes({"FAI": np.full(3, np.nan)}, 2) == ([], [])
+
+
+def test_comparison_counts_problems():
+    kept = {
+        (0, 1): perturb.Kept(0.2, 1.0), (0, 2): perturb.Kept(0.4, 0.0), (0, 7): perturb.Kept(0.5, 0.0),
+        (1, 3): perturb.Kept(0.9, 0.0), (1, 8): perturb.Kept(0.1, 1.0),
+        (2, 3): perturb.Kept(0.6, 0.0), (2, 5): perturb.Kept(0.6, 0.0),
+    }  # fmt: skip
+    got = perturb.compare(kept, [(0, 1), (0, 2), (1, 3), (2, 3)], [(0, 7), (1, 8), (2, 5)])
+    assert got["problems"] == 3
+    assert got["kept at high"][0] == pytest.approx((0.3 + 0.9 + 0.6) / 3)
+    assert got["kept at low"][0] == pytest.approx((0.5 + 0.1 + 0.6) / 3)
+    assert got["less kept at high, share of problems"][0] == pytest.approx(0.5)  # one, and half for the tie
+    assert got["verdict flips at high"][0] == pytest.approx(0.5 / 3)
+    paired = perturb.compare(kept, [(0, 1), (1, 3)], [(1, 8), (0, 7)], paired=True)
+    assert paired["kept less at high by"][0] == pytest.approx(((0.1 - 0.2) + (0.5 - 0.9)) / 2)
+    assert perturb.compare(kept, [(0, 1)], [(1, 3)]) == {"problems": 0}
+
+
+def test_words_and_separators():
+    assert perturb.content_words("7*5=35,35+3=38y</think><answer>(7*5)+3</answer>") == {
+        "7*5=35", "35+3=38y", "7*5", "+3",
+    }  # fmt: skip
+    assert perturb.content_words("So we are the 3 of \\boxed{12}!") == {"3", "boxed", "12"}
+    assert perturb.jaccard(frozenset(), frozenset()) == 1.0
+    assert perturb.jaccard(frozenset("ab"), frozenset("bc")) == pytest.approx(1 / 3)
+    assert perturb.is_separator("<answer>") and perturb.is_separator("\n") and not perturb.is_separator("n")
