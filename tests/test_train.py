@@ -41,7 +41,7 @@ def test_a_run_with_vllm(tmp_path, capsys):
     log = records(tmp_path / "run")
     assert [r["step"] for r in log if "success" in r] == [0, 2, 3]
     stability = [r["stability"] for r in log if "success" in r]
-    assert stability[0]["local heads"] == 1 and 0.9 < stability[2]["FAI rank correlation"] <= 1
+    assert stability[0]["local heads"] == 1 and 0.7 < stability[2]["FAI rank correlation"] < 1
     steps = [r for r in log if "reward" in r]
     assert [r["step"] for r in steps] == [1, 2, 3]
     for r in steps:
