@@ -221,9 +221,8 @@ def main(args: Args) -> None:
     (folder / "analysis.json").write_text(json.dumps(found, indent=1))
 
     print(text)
-    lifts = ", ".join(
-        f"{name} {100 * found['table 2']['maxima'][name]['lift'][0]:+.0f} %" for name in report.PAPER_LINKS
-    )
+    main = found["table 2"][linkage.PEAKS[0]]
+    lifts = ", ".join(f"{name} {100 * main[name]['lift'][0]:+.0f} %" for name in report.PAPER_LINKS)
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
     print(f"lifts over random: {lifts}; {minutes} min {seconds} s: {folder}/index.html")
 

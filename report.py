@@ -98,13 +98,13 @@ def forest_figure(found: dict, path: Path) -> None:
         ax.axvline(0, color="black", lw=0.8)
         if name in PAPER_LINKS:
             random, observed = PAPER_LINKS[name]
-            ax.axvline(100 * (observed / random - 1), color="tab:green", ls="--", lw=1.2, label="paper")
-            ax.legend(fontsize=8, loc="lower right")
+            ax.axvline(100 * (observed / random - 1), color="tab:green", ls="--", lw=1.2)
         ax.set_title(name.replace(" that ", "\nthat ").replace(", ", ",\n").replace(" WAAD", "\nWAAD"), fontsize=10)
         ax.set_xlabel("lift over random, %")
         ax.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(rows)), rows)
     axes[0].invert_yaxis()
+    axes[0].annotate("dashed: the paper", (0, -0.22), xycoords="axes fraction", color="tab:green", ha="right")
     _save(fig, path)
 
 
@@ -256,7 +256,9 @@ def page(title: str, intro: str, found: dict, texts: list[dict], images: list[Pa
     ]
     for n, text in enumerate(texts, 1):
         verdict = "right" if text["correct"] else "wrong"
-        out.append(f"<h3>Response {n}, {verdict}</h3><div class=text>{html.escape(visible(text['prompt']))}</div>")
+        out.append(
+            f"<h3>Response {n}, {verdict}</h3><div class=text>{html.escape(visible(text['prompt']).replace('␣', ' '))}</div>"
+        )
         for name in ("waad", "fai"):
             x = np.asarray(text[name])
             low, high = np.nanmin([*x, np.inf]), np.nanmax([*x, -np.inf])
