@@ -256,9 +256,8 @@ def page(title: str, intro: str, found: dict, texts: list[dict], images: list[Pa
     ]
     for n, text in enumerate(texts, 1):
         verdict = "right" if text["correct"] else "wrong"
-        out.append(
-            f"<h3>Response {n}, {verdict}</h3><div class=text>{html.escape(visible(text['prompt']).replace('␣', ' '))}</div>"
-        )
+        prompt = html.escape(visible(text["prompt"]).replace("␣", " "))
+        out.append(f"<h3>Response {n}, {verdict}</h3><div class=text>{prompt}</div>")
         for name in ("waad", "fai"):
             x = np.asarray(text[name])
             low, high = np.nanmin([*x, np.inf]), np.nanmax([*x, -np.inf])
