@@ -39,7 +39,7 @@ from eval import evaluate
 from grpo import check_head
 from heads import attention_maps, layer_range, record, split_heads
 from rollout import load_model, pack, start_actor
-from train import new_run_folder
+from runs import new_run_folder
 
 PAGES = 6  # responses shown on the page
 

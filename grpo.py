@@ -4,8 +4,13 @@ Nothing here knows where credit comes from: shape_advantages is the line through
 entropy bonus, as in the paper. Only torch is needed.
 """
 
+import math
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 
@@ -43,15 +48,23 @@ def shape_advantages(advantages: Tensor, gamma: Tensor, sign: str = "both") -> T
 
 
 def clipped_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, epsilon: float = 0.2, responses: int = 0
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    responses: int = 0,
 ) -> Tensor:
     """Eq. 12-13, negated: the mean over responses of the mean over each one's tokens of the clipped objective.
 
-    All [B,N]; advantages are already shaped. Gradient flows through logprobs alone. `responses` is the number to divide
-    by when this is one part of a larger batch (default: B). A response without tokens contributes 0. Returns a scalar.
+    All [B,N]; advantages are already shaped. Gradient flows through logprobs alone. epsilon_high is the upper clip
+    where it is another than the lower ("clip-higher", DAPO). `responses` is the number to divide by when this is one
+    part of a larger batch (default: B). A response without tokens contributes 0. Returns a scalar.
     """
+    high = epsilon if epsilon_high is None else epsilon_high
     ratio = torch.exp(torch.where(mask, logprobs - old_logprobs, 0.0))
-    objective = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+    objective = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + high) * advantages)
     per_response = torch.where(mask, objective, 0.0).sum(1) / mask.sum(1).clamp(min=1)
     return -per_response.sum() / (responses or len(mask))
 
@@ -67,6 +80,12 @@ def token_logprobs(model, input_ids: Tensor, mask: Tensor, entropy: bool = False
     where causal attention never looks. Logits are made only where the mask is, and never all at once: the output head
     runs chunk by chunk, in the backward pass again. Returns ([B,N], [B,N] or None), 0 outside the mask. Temperature 1.
     """
+    sharded = isinstance(model, FSDPModule)  # its weights are there only within its own methods: see parallel.shard
+    return (model.local_logprobs if sharded else partial(local_logprobs, model))(input_ids, mask, entropy)
+
+
+def local_logprobs(model, input_ids: Tensor, mask: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """What token_logprobs does, where the model's weights are at hand."""
     if mask[:, 0].any():
         raise ValueError("mask marks token 0, which nothing comes before: every response needs a prompt")
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]  # [B,N-1,d]
@@ -131,25 +150,37 @@ def update(
     minibatches: list[Tensor],
     micro_tokens: int = 2048,
     epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> dict[str, float]:
     """One gradient step on each minibatch (row numbers) of a batch of rollouts, in passes of micro_tokens.
 
     All [B,N], advantages shaped. Rows whose advantages are all 0 count in the mean but are not computed: exact, for
-    their gradient is 0. Gradients are clipped to norm 1. Returns the means over the steps of loss and gradient norm.
+    their gradient is 0. Gradients are clipped to norm 1; a step whose gradient is not finite is not taken. Of several
+    ranks, which all hold the same batch, each makes its share of the passes; a sharded model averages their gradients.
+    Returns means over the steps: the loss (this rank's share, to be summed), the gradient norm, and steps not taken.
     """
-    losses, norms = [], []
+    losses, norms, skipped = [], [], 0
     for minibatch in minibatches:
         loss, matters = 0.0, (advantages[minibatch] * mask[minibatch]).any(1)
-        for rows, n in micro_batches(mask, minibatch[matters], micro_tokens):
+        passes = micro_batches(mask, minibatch[matters], micro_tokens)
+        for i in range(rank, -(-len(passes) // world) * world, world):
+            rows, n = passes[i % len(passes)]
             now = mask[rows, :n]
             logprobs, _ = token_logprobs(model, input_ids[rows, :n], now)
             part = clipped_loss(
-                logprobs, old_logprobs[rows, :n], advantages[rows, :n], now, epsilon, responses=len(minibatch)
+                logprobs, old_logprobs[rows, :n], advantages[rows, :n], now, epsilon, epsilon_high, len(minibatch)
             )
-            part.backward()
+            part = part if i < len(passes) else part * 0  # a rank without a pass keeps the others company
+            (part * world).backward()
             loss += part.item()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
         losses.append(loss)
-        optimizer.step()
+        if math.isfinite(norms[-1]):
+            optimizer.step()
+        else:
+            skipped += 1
         optimizer.zero_grad()
-    return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
+    return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms), "skipped": skipped}

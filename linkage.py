@@ -237,6 +237,14 @@ class Stability:
         self.first = self.first or now
         return drift(self.first, now, self.quantile)
 
+    def state(self) -> tuple | None:
+        """What a checkpoint keeps: plain tensors."""
+        return self.first and (tuple(self.probe), tuple(self.first))
+
+    def restore(self, state: tuple | None) -> None:
+        """Go on from such a state."""
+        self.probe, self.first = (state[0], PerHead(*state[1])) if state else (None, None)
+
 
 def drift(first: PerHead, now: PerHead, quantile: float = 0.3) -> dict[str, float]:
     """How far the signals on the same responses have moved, and whether the links still hold.

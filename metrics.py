@@ -99,9 +99,9 @@ def _now(x: Tensor) -> float:
 
 
 def measure_spans(model, input_ids: Tensor, mask: Tensor, layers: list[int]) -> Tensor:
-    """Eq. 7 for every head of the layers, from one forward pass without gradient and without logits. [layers,H]"""
+    """Eq. 7 for every head of the layers, from one forward pass without gradient. [layers,H]"""
     with torch.no_grad(), record(model, layers) as recorded:
-        model.base_model(input_ids=input_ids, use_cache=False)
+        token_logprobs(model, input_ids, mask)
     return torch.stack([streamed_spans(recorded[layer], mask) for layer in layers])
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import parallel
+
 
 class Rollout(NamedTuple):
     """One response. Token numbers of prompt and response (its end-of-text token included when it got there)."""
@@ -33,11 +35,12 @@ def _refuse_missing(name: str) -> None:
         raise ValueError(f"cannot load a model from {name!r}{where}: {str(e).splitlines()[0]}") from e
 
 
-def load_model(name: str):
-    """The transformers model (float32, on the GPU if there is one) and the tokenizer of a folder or hub name."""
+def load_model(name: str, device: str | None = None):
+    """The transformers model (float32; default: on the GPU if there is one) and tokenizer of a folder or hub name."""
     _refuse_missing(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device), AutoTokenizer.from_pretrained(name)
 
 
 def start_actor(engine: str, name: str, context: int, seed: int, kv_cache_gib: float = 0.5, model=None, tokenizer=None):
@@ -79,7 +82,11 @@ class VLLMActor:
         except ImportError as e:
             raise ValueError(f"vLLM cannot be imported ({e}): install requirements.txt, or use --engine torch") from e
         on_gpu = torch.cuda.is_available()
-        self.context = context
+        self.context, self.sleeps, self.asleep = context, on_gpu, False
+        if parallel.world() > 1:  # each rank has an engine of its own
+            more = dict(distributed_executor_backend="external_launcher", tensor_parallel_size=1)
+        else:
+            more = {}
         self.llm = LLM(
             str(path),
             dtype="bfloat16" if on_gpu else "float32",
@@ -91,6 +98,8 @@ class VLLMActor:
             disable_log_stats=True,
             use_tqdm_on_load=False,
             seed=seed,
+            enable_sleep_mode=on_gpu,
+            **more,
         )
         self.tokenizer = self.llm.get_tokenizer()
 
@@ -122,10 +131,23 @@ class VLLMActor:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return Rollout(prompt_ids, ids, logprobs, text, output.finish_reason == "length")
 
+    def sleep(self) -> None:
+        """Leave the GPU to the trainer, weights and cache both, until reload; on a CPU there is nothing to gain."""
+        if self.sleeps:
+            self.llm.sleep(level=2)
+            self.asleep = True
+
     def reload(self, model) -> None:
-        """Give vLLM the model's present weights, in place, and forget what it cached under the old ones."""
-        weights = ((name, p.detach()) for name, p in model.named_parameters())
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        """Give vLLM the model's present weights, in place, and forget what it cached under the old ones.
+
+        A sleeping engine is woken in this order: room for the weights, the weights, room for the cache.
+        """
+        if self.asleep:
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": parallel.weights(model)})
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
         if model.config.get_text_config().tie_word_embeddings and not torch.cuda.is_available():
             self.llm.apply_model(_repack_head)
         self.llm.reset_prefix_cache()
@@ -160,11 +182,12 @@ class TorchActor:
     ) -> list[list[Rollout]]:
         """As VLLMActor.generate."""
         encoded = [ids for ids in encode(self.tokenizer, prompts, max_tokens, self.context) for _ in range(n)]
-        flat, was_training = [], self.model.training
+        flat, was_training = [], [m for m in self.model.modules() if m.training]
         self.model.eval()
         for start in tqdm(range(0, len(encoded), self.batch), desc="generate", disable=not progress):
             flat += self._batch(encoded[start : start + self.batch], max_tokens, temperature)
-        self.model.train(was_training)
+        for module in was_training:
+            module.training = True
         return [flat[i : i + n] for i in range(0, len(flat), n)]
 
     def _batch(self, encoded: list[list[int]], max_tokens: int, temperature: float) -> list[Rollout]:
@@ -196,6 +219,9 @@ class TorchActor:
             text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
             rollouts.append(Rollout(prompt_ids, row[:length], lp[:length], text, row[length - 1] not in ends))
         return rollouts
+
+    def sleep(self) -> None:
+        """Nothing to free."""
 
     def reload(self, model) -> None:
         """Nothing to copy unless the trainer's model is another one than this actor samples."""

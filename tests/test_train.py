@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import eval as evaluation
 import rollout
+import runs
 import train
 
 SMALL = [
@@ -52,14 +53,16 @@ def test_a_run_with_vllm(tmp_path, capsys):
     assert any("grad_norm" in r and r["grad_norm"] > 0 for r in steps)
     assert (tmp_path / "run" / "learning_curve.png").stat().st_size > 5000
 
-    before, after = (AutoModelForCausalLM.from_pretrained(p) for p in ("assets/tiny", tmp_path / "run" / "checkpoint"))
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(p) for p in ("assets/tiny", tmp_path / "run" / "checkpoint-3")
+    )
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint")) == len(
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint-3")) == len(
         AutoTokenizer.from_pretrained("assets/tiny")
     )
 
     out = tmp_path / "scores" / "eval.json"
-    evaluation.main(evaluation.Args(model=str(tmp_path / "run" / "checkpoint"), problems=8, k=2, out=str(out)))
+    evaluation.main(evaluation.Args(model=str(tmp_path / "run" / "checkpoint-3"), problems=8, k=2, out=str(out)))
     result = json.loads(out.read_text())
     assert 0 <= result["greedy pass@1"]["mean"] <= 1 and len(result["responses"]) == 8
     assert len(result["responses"][0]["sampled"]) == 2
@@ -72,7 +75,7 @@ def test_a_sampler_that_was_not_reloaded_stops_the_run(tmp_path, monkeypatch):
         run("--out", tmp_path / "run", "--steps", 12, "--eval_problems", 2)
     steps = [r for r in records(tmp_path / "run") if "reward" in r]
     assert len(steps) <= 4, "noticed within a few steps, at the default learning rate"
-    assert (tmp_path / "run" / "checkpoint" / "config.json").exists(), "nothing is lost"
+    assert list((tmp_path / "run").glob("checkpoint-*/config.json")), "nothing is lost"
 
 
 CREDITS = ["coupled", "local", "global", "entropy", "random", "uniform"]
@@ -196,12 +199,12 @@ def test_a_wrong_credit_lists_the_choices(capsys):
 
 
 def test_a_second_run_never_writes_into_the_first(tmp_path, monkeypatch):
-    first = train.new_run_folder(train.Args(out=str(tmp_path / "run")), "x")
+    first = runs.new_run_folder(train.Args(out=str(tmp_path / "run")), "x")
     (first / "metrics.jsonl").write_text("kept")
     with pytest.raises(ValueError, match="already holds a run"):
-        train.new_run_folder(train.Args(out=str(first)), "x")
+        runs.new_run_folder(train.Args(out=str(first)), "x")
     monkeypatch.chdir(tmp_path)
-    folders = [train.new_run_folder(train.Args(), "countdown-tiny-coupled") for _ in range(2)]
+    folders = [runs.new_run_folder(train.Args(), "countdown-tiny-coupled") for _ in range(2)]
     assert [f.name for f in folders] == ["countdown-tiny-coupled-1", "countdown-tiny-coupled-2"]
 
 

@@ -1,0 +1,122 @@
+"""Checkpoints that a run can be killed around: whole or not there at all, checked when read, the last few kept.
+
+A checkpoint is a folder checkpoint-STEP: the model and tokenizer as transformers writes them, trainer.pt (optimizer,
+random states, position in the data, ...), and manifest.json, written last, with the size and CRC-32 of every file. It
+is made under another name and renamed when it is on the disk.
+"""
+
+import json
+import os
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers.utils import logging
+
+import parallel
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def _crc(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as f:
+        while block := f.read(2**24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _sync(path: Path) -> None:
+    """Have what was written reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def save(folder: Path, step: int, model, tokenizer, optimizer, state: dict, keep: int) -> None:
+    """Write folder/checkpoint-STEP and remove all but the last `keep`; all ranks call, rank 0 writes.
+
+    Raises OSError, with what is left to go on from, when it cannot be written.
+    """
+    state = {**state, "step": step, "rng": parallel.gather([_random_state()])}
+    state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    whole = get_model_state_dict(model, options=WHOLE)
+    if parallel.rank() == 0:
+        final, making = folder / f"checkpoint-{step}", folder / "checkpoint-unfinished"
+        try:
+            shutil.rmtree(making, ignore_errors=True)
+            logging.disable_progress_bar()
+            model.save_pretrained(making, state_dict=whole)
+            tokenizer.save_pretrained(making)
+            torch.save(state, making / "trainer.pt")
+            files = sorted(making.iterdir())
+            manifest = {f.name: [f.stat().st_size, _crc(f)] for f in files}
+            (making / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            for path in (*files, making / "manifest.json", making):
+                _sync(path)
+            shutil.rmtree(final, ignore_errors=True)
+            making.rename(final)
+            _sync(folder)
+        except Exception as e:  # a full disk shows as OSError, RuntimeError or SafetensorError, by who was writing
+            shutil.rmtree(making, ignore_errors=True)
+            left = listed(folder)
+            rest = f"{left[-1].name} is there: make room, then --resume {folder}" if left else "none is there before it"
+            raise OSError(f"{final} could not be written ({e}); {rest}") from e
+        for old in listed(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def listed(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, by step."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def whole(path: Path) -> dict:
+    """The trainer's state in a checkpoint. Raises ValueError when anything in it is not as it was written."""
+    try:
+        for name, (size, crc) in json.loads((path / "manifest.json").read_text()).items():
+            if (path / name).stat().st_size != size or _crc(path / name) != crc:
+                raise ValueError(f"{name} is not as it was written")
+        return torch.load(path / "trainer.pt", weights_only=True, map_location="cpu")
+    except Exception as e:
+        raise ValueError(f"{path} is damaged ({e})") from e
+
+
+def latest(folder: Path) -> tuple[Path, dict] | None:
+    """The newest checkpoint that is whole, and its state; a damaged one is named on stderr and passed over.
+
+    None if there is none yet; ValueError if there are but all are damaged.
+    """
+    for path in reversed(listed(folder)):
+        try:
+            return path, whole(path)
+        except ValueError as e:
+            if parallel.rank() == 0:
+                print(f"{e}: trying the one before", file=sys.stderr, flush=True)
+    if listed(folder):
+        raise ValueError(f"no checkpoint in {folder} is whole; begin anew with another --out")
+    return None
+
+
+def restore(state: dict, model, optimizer) -> None:
+    """Put the optimizer's and the random generators' states back."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=parallel.world() > 1)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    if len(state["rng"]) == parallel.world():  # with another number of ranks the random draws are others
+        mine = state["rng"][parallel.rank()]
+        torch.set_rng_state(mine["cpu"])
+        if torch.cuda.is_available() and mine["cuda"] is not None:
+            torch.cuda.set_rng_state(mine["cuda"])
+
+
+def _random_state() -> dict:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}

@@ -1,0 +1,99 @@
+"""Several ranks: the same curve as one, the whole loop with real vLLM in each, and no hang when one fails."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import parallel
+import rollout
+import tasks
+
+ROOT = Path(parallel.__file__).parent
+
+
+def torchrun(ranks, *argv, timeout=240):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone",
+               *map(str, argv)]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def test_one_and_two_ranks_train_alike_on_the_same_rollouts(tmp_path):
+    torch.manual_seed(0)
+    problems = tasks.load("countdown-tiny", "train", 18)
+    actor = rollout.TorchActor(*rollout.load_model("assets/tiny"))
+    groups = actor.generate([p.prompt for p in problems], n=8, max_tokens=80)
+    sampled = {p.prompt: g for p, g in zip(problems, groups)}
+    (tmp_path / "rollouts").write_bytes(pickle.dumps((problems, sampled)))
+    for ranks in (1, 2):
+        done = torchrun(ranks, "tests/replay.py", tmp_path / "rollouts", tmp_path / str(ranks))
+        assert done.returncode == 0, done.stderr[-20000:]
+    one, two = (json.loads((tmp_path / name).read_text()) for name in "12")
+    assert sum(r["grad_norm"] > 0 for r in one) == 3, "all three steps learned something"
+    for a, b in zip(one, two):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        for name in ("reward", "entropy", "gamma", "length", "equal_groups", "truncated"):
+            assert a[name] == pytest.approx(b[name], abs=1e-4)
+    weights = [torch.load(tmp_path / f"{name}.pt") for name in "12"]
+    start = dict(AutoModelForCausalLM.from_pretrained("assets/tiny", dtype=torch.float32).named_parameters())
+    moved = max((weights[0][name] - w).abs().max().item() for name, w in start.items())
+    apart = max((weights[0][name] - w).abs().max().item() for name, w in weights[1].items())
+    assert apart < 0.05 * moved, (apart, moved)
+
+
+def test_two_ranks_with_vllm_train_save_and_resume(tmp_path):
+    small = ["--prompts", 5, "--group", 4, "--updates", 2, "--eval_problems", 5, "--max_tokens", 64, "--save_every", 2]
+    done = torchrun(2, "train.py", *small, "--steps", 2, "--out", tmp_path / "run", "--checkpointing")
+    assert done.returncode == 0, done.stderr[-20000:]
+    assert done.stdout.count("held-out success before") == 1, "only rank 0 talks"
+    done = torchrun(2, "train.py", "--resume", tmp_path / "run", "--steps", 3)
+    assert done.returncode == 0, done.stderr[-20000:]
+    assert done.stdout.strip().splitlines()[-1].endswith(f"{tmp_path}/run")
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log if "reward" in r] == [1, 2, 3] and [r["step"] for r in log if "success" in r] == [
+        0,
+        3,
+    ]
+    assert all(r["gap_max"] < 1e-3 for r in log if "reward" in r), "both engines were reloaded from the shards"
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(p) for p in ("assets/tiny", tmp_path / "run" / "checkpoint-3")
+    )
+    assert [p.shape for p in before.parameters()] == [p.shape for p in after.parameters()]
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+
+
+def test_a_rank_that_fails_ends_the_run_with_its_message(tmp_path):
+    (tmp_path / "one.py").write_text(
+        "import parallel, torch\n"
+        "parallel.start()\n"
+        "parallel.any_rank(False)\n"
+        "if parallel.rank() == 1:\n"
+        "    parallel.fail('rank one has had enough')\n"
+        "parallel.total(torch.zeros(1))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        tmp_path / "one.py",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment)
+    assert done.returncode != 0 and "error: rank one has had enough" in done.stderr
+
+
+def test_bad_arguments_under_torchrun_are_said_once(tmp_path):
+    done = torchrun(2, "train.py", "--group", 1, "--out", tmp_path / "run")
+    assert done.returncode != 0 and done.stderr.count("error: --group 1") == 1
+    done = torchrun(2, "train.py", "--engine", "torch", "--out", tmp_path / "run")
+    assert done.stderr.count("error: --engine torch samples with the trainer's own weights") == 1

@@ -1,0 +1,172 @@
+"""A run that is stopped, killed or cut short of disk goes on as if it never had been."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import HfArgumentParser
+
+import checkpoint
+import config
+import train
+
+SMALL = ["--engine", "torch", "--prompts", "4", "--group", "4", "--updates", "2", "--eval_problems", "4",
+         "--max_tokens", "64", "--eval_every", "2", "--save_every", "1", "--heads_every", "2"]  # fmt: skip
+
+
+ROOT = Path(train.__file__).parent
+
+
+def run(*argv):
+    train.main(*HfArgumentParser(config.Args).parse_args_into_dataclasses([*map(str, argv)]))
+
+
+def outcome(folder, steps=5):
+    """The final weights, and the log without times."""
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return load_file(folder / f"checkpoint-{steps}" / "model.safetensors"), [
+        {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in log
+    ]
+
+
+def same(a, b):
+    return a[1] == b[1] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    run(*SMALL, "--steps", 5, "--out", folder)
+    assert [p.name for p in checkpoint.listed(folder)] == ["checkpoint-4", "checkpoint-5"]
+    return outcome(folder)
+
+
+def after_step(monkeypatch, number, do):
+    """Have something happen at the end of a step."""
+    real, count = train.train_step, iter(range(1, 99))
+
+    def step(*args):
+        result = real(*args)
+        if next(count) == number:
+            do()
+        return result
+
+    monkeypatch.setattr(train, "train_step", step)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_to_the_bit(number, tmp_path, monkeypatch, capsys, uninterrupted):
+    before = signal.getsignal(number)
+    after_step(monkeypatch, 3, lambda: os.kill(os.getpid(), number))
+    run(*SMALL, "--steps", 5, "--out", tmp_path / "run")
+    assert (
+        f"stopped after step 3, as asked; to go on: python train.py --resume {tmp_path}/run" in capsys.readouterr().out
+    )
+    assert signal.getsignal(number) == before
+    run("--resume", tmp_path / "run")
+    assert same(outcome(tmp_path / "run"), uninterrupted)
+
+
+def test_more_steps_may_be_added_and_nothing_else(tmp_path, uninterrupted):
+    run(*SMALL, "--steps", 2, "--out", tmp_path / "run")
+    with pytest.raises(SystemExit, match="only --steps may be given"):
+        run("--resume", tmp_path / "run", "--lr", 1)
+    run("--resume", tmp_path / "run", "--steps", 5)
+    assert same(outcome(tmp_path / "run"), uninterrupted)
+    with pytest.raises(SystemExit, match="no run is there"):
+        run("--resume", tmp_path)
+
+
+DAMAGE = {
+    "truncated weights": lambda c: os.truncate(c / "model.safetensors", 100_000),
+    "a flipped bit in the state": lambda c: (c / "trainer.pt").write_bytes(
+        bytes(b ^ (i == 5000) for i, b in enumerate((c / "trainer.pt").read_bytes()))
+    ),
+    "no manifest": lambda c: (c / "manifest.json").unlink(),
+    "a missing file": lambda c: (c / "tokenizer.json").unlink(),
+}
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, monkeypatch, capsys, uninterrupted):
+    after_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run(*SMALL, "--steps", 5, "--out", tmp_path / "run")
+    for name, damage in DAMAGE.items():
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+        damage(tmp_path / name / "checkpoint-3")
+        assert checkpoint.latest(tmp_path / name)[0].name == "checkpoint-2"
+        assert "checkpoint-3 is damaged" in capsys.readouterr().err
+    with open(tmp_path / name / "metrics.jsonl", "a") as f:
+        f.write('{"step": 4, "rew')  # and the line that was being written
+    run("--resume", tmp_path / name)
+    captured = capsys.readouterr()
+    assert "checkpoint-3 is damaged" in captured.err and "checkpoint-2" in captured.out
+    assert same(outcome(tmp_path / name), uninterrupted)
+
+
+def test_nothing_whole_is_an_error_and_nothing_saved_yet_a_new_start(tmp_path, monkeypatch, uninterrupted):
+    run(*SMALL, "--steps", 1, "--out", tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-1" / "manifest.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"no checkpoint in .* is whole"):
+        run("--resume", tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-1").rename(tmp_path / "run" / "checkpoint-unfinished")
+    run("--resume", tmp_path / "run", "--steps", 5)
+    assert same(outcome(tmp_path / "run"), uninterrupted)
+    assert not (tmp_path / "run" / "checkpoint-unfinished").exists()
+
+
+def test_a_full_disk_is_an_error_and_the_run_can_go_on(tmp_path, monkeypatch, uninterrupted):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    after_step(monkeypatch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, limits[1])))
+    try:  # the weights still fit (6 MB), the optimizer's state (12 MB) does not
+        with pytest.raises(SystemExit, match=r"checkpoint-3 could not be written.*checkpoint-2 is there: make room"):
+            run(*SMALL, "--steps", 5, "--out", tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "run" / "checkpoint-unfinished").exists()
+    run("--resume", tmp_path / "run")
+    assert same(outcome(tmp_path / "run"), uninterrupted)
+
+
+def test_gradients_that_are_not_finite_are_skipped_counted_and_end_the_run(tmp_path, monkeypatch):
+    real, steps = train.shape_advantages, iter([1.0, float("nan"), 1.0, *[float("nan")] * 9])
+    monkeypatch.setattr(train, "shape_advantages", lambda a, g, sign: real(a, g, sign) * next(steps))
+    with pytest.raises(SystemExit, match="not finite in 3 steps in a row"):
+        run(*SMALL, "--steps", 9, "--prompts", 8, "--out", tmp_path / "run")
+    log = [r for r in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if "reward" in r]
+    assert [r["skipped"] for r in log] == [0, 2, 0, 2, 2, 2]
+    path, _ = checkpoint.latest(tmp_path / "run")
+    assert all(w.isfinite().all() for w in load_file(path / "model.safetensors").values())
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path, uninterrupted):
+    """kill -9 at random moments, KILLS of them (3 here; more by the environment), resumed each time; a run that gets to
+    its end must be the uninterrupted one, and if there are kills left another is begun."""
+    kills, rng, number = int(os.environ.get("KILLS", 3)), random.Random(0), 0
+    while kills > 0:
+        number, done = number + 1, False
+        folder = tmp_path / f"run{number}"
+        while not done:
+            begun = (folder / "args.json").exists()
+            how = ["--resume", str(folder)] if begun else [*SMALL, "--steps", "5", "--out", str(folder)]
+            process = subprocess.Popen(
+                [sys.executable, "train.py", *how], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            if kills > 0:
+                process.stdout.readline()  # its first sign of life
+                time.sleep(rng.uniform(0, 3))
+                process.kill()
+                kills -= 1
+            err = process.communicate(timeout=120)[1]
+            assert process.returncode in (0, -signal.SIGKILL), err
+            done = process.returncode == 0
+        assert same(outcome(folder), uninterrupted)
