@@ -1,14 +1,14 @@
 """GPU memory that training takes, by formula: python memory.py prints the table for Qwen3. Computed, not run on a GPU.
 
-P is the number of weights (a tied head counts once), c the bytes of a number in the forward pass (2: bfloat16), T the
-tokens of one pass (--micro_tokens), d the width of the residual stream, q and k the widths of all queries and of all
-keys, m the MLP's width, H the number of heads. FSDP2 shards over W GPUs; each of them holds, in bytes:
+P is the number of weights (a tied head counts once), c the bytes of a number in the forward pass (2: bfloat16), d the
+width of the residual stream, q and k those of all queries and of all keys, m the MLP's, H the number of heads. FSDP2
+shards over W GPUs; each of them holds, in bytes:
 
     weights                4 P/W   the float32 master copy; a gradient of the same size; two moments of AdamW, 8 P/W
     gathered               c (2 layers + root)   the layer at work, the next one on its way, and the root group
                            (embedding, head, last norm), which stays gathered from forward to backward pass
     unreduced gradients    c (layer + root), and the float32 buffer that reduces the larger of the two
-    activations, per token and layer, that the forward pass keeps for the backward pass, attention being fused:
+    activations, per layer and token of a pass (--micro_tokens), kept for the backward pass, attention being fused:
         two norms of d     (8 + 4c) d    each: its input in float32, that normalised, and its output
         queries, keys      (4 + 3c) (q + k)    their norms' input in float32, that normalised, and what rotation gives;
                            the third c is the attention's output for q and the values for k, which are as wide
@@ -45,8 +45,7 @@ QWEN3 = {
 def qwen3(size: str) -> Qwen3Config:
     """The shape of a published Qwen3.
 
-    >>> total, layer = parameters(qwen3("0.6B"))
-    >>> total, layer
+    >>> parameters(qwen3("0.6B"))
     (596049920, 15730944)
     """
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
