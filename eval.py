@@ -38,6 +38,7 @@ class Args:
     chat: bool = HfArg(default=False, help="Put each prompt into the model's chat template (default: plain text).")
     max_tokens: int = HfArg(default=128, help="Longest response.")
     context: int = HfArg(default=512, help="Longest prompt and response together.")
+    kv_cache_gib: float = HfArg(default=0.5, help="vLLM's cache: it must hold one sequence of --context at least.")
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler.")
     seed: int = HfArg(default=0, help="Seed of the problems and the sampling.")
     out: str | None = HfArg(
@@ -140,6 +141,8 @@ def plan(args: Args) -> list[tuple[dict, list[tasks.Problem]]]:
     for name in ("k", "max_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be 1 or more")
+    if not args.kv_cache_gib > 0:
+        raise ValueError(f"--kv_cache_gib {args.kv_cache_gib}: must be above 0")
     if not args.temperature > 0:
         raise ValueError(f"--temperature {args.temperature}: must be above 0 (the greedy response is always made)")
     if args.data and len(args.task) > 1:
@@ -202,7 +205,7 @@ def main(args: Args) -> None:
         if not todo:
             continue
         try:
-            actor = start_actor(args.engine, model, args.context, args.seed)
+            actor = start_actor(args.engine, model, args.context, args.seed, args.kv_cache_gib)
         except (ValueError, OSError) as e:
             sys.exit(f"error: {e}")
         with closing(actor):

@@ -178,6 +178,7 @@ def test_chat_uses_the_template_and_plain_text_does_not(tmp_path, monkeypatch):
         (["--k", 0], "--k 0"),
         (["--max_tokens", 0], "--max_tokens 0"),
         (["--temperature", 0], "--temperature 0"),
+        (["--kv_cache_gib", 0], "--kv_cache_gib 0"),
         (["--problems", 1], "--problems 1"),
         (["--context", 70], "do not fit a context of 70"),
         (["--context", 2000], "reads 512 tokens at most"),
