@@ -1,11 +1,13 @@
-"""Success on held-out problems: greedy pass@1 and sampled avg@k, through the trainer's own sampler and verifier.
+"""Success on held-out problems: greedy pass@1, sampled avg@k and pass@j, by the trainer's own sampler and verifier.
 
 python eval.py --model runs/countdown-tiny-coupled-1/checkpoint --task countdown-tiny
+python eval.py --model A B --task countdown-tiny aime24 --k 16 --out results.json
 """
 
 import json
 import math
 import sys
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,27 +18,41 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 import tasks
-from rollout import start_actor
+from rollout import chat_prompts, encode, load_tokenizer, start_actor
 
 
 @dataclass
 class Args:
-    """Evaluate a checkpoint: greedy pass@1 and sampled avg@k with their 95 % intervals."""
+    """Evaluate checkpoints on benchmarks: greedy pass@1, sampled avg@k and pass@j, with 95 % intervals."""
 
-    model: str = HfArg(default="assets/tiny", help="Folder or hub name of a transformers checkpoint.")
-    task: str = HfArg(default="countdown-tiny", help=f"One of: {', '.join(tasks.TASKS)}.")
-    problems: int | None = HfArg(default=None, help="Held-out problems (default: the task's own number).")
-    k: int = HfArg(default=4, help="Sampled responses to each problem.")
+    model: list[str] = HfArg(
+        default_factory=lambda: ["assets/tiny"], help="Folders or hub names of transformers checkpoints."
+    )
+    task: list[str] = HfArg(
+        default_factory=lambda: ["countdown-tiny"], help=f"One or several of: {', '.join(tasks.TASKS)}."
+    )
+    data: str | None = HfArg(default=None, help="File with the problems of the task (of one task only).")
+    problems: int | None = HfArg(default=None, help="Held-out problems (default: each task's own number).")
+    k: int | None = HfArg(default=None, help="Sampled responses to each problem (default: each task's own number).")
+    temperature: float = HfArg(default=1.0, help="Of the sampled responses.")
+    chat: bool = HfArg(default=False, help="Put each prompt into the model's chat template (default: plain text).")
     max_tokens: int = HfArg(default=128, help="Longest response.")
     context: int = HfArg(default=512, help="Longest prompt and response together.")
+    kv_cache_gib: float = HfArg(default=0.5, help="vLLM's cache: it must hold one sequence of --context at least.")
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler.")
     seed: int = HfArg(default=0, help="Seed of the problems and the sampling.")
-    out: str | None = HfArg(default=None, help="Also write the result and every response to this JSON file.")
+    out: str | None = HfArg(
+        default=None, help="JSON file for the scores and every response; what it already has is not done again."
+    )
 
 
-def evaluate(actor, problems: list[tasks.Problem], n: int, max_tokens: int, temperature: float = 1.0):
+def evaluate(
+    actor, problems: list[tasks.Problem], n: int, max_tokens: int, temperature: float = 1.0, chat: bool = False
+):
     """n responses to each problem and their rewards: (list[P] of list[n] of Rollout, [P,n] float32)."""
-    rollouts = actor.generate([p.prompt for p in problems], n, max_tokens, temperature, progress=True)
+    prompts = [p.prompt for p in problems]
+    prompts = chat_prompts(actor.tokenizer, prompts) if chat else prompts
+    rollouts = actor.generate(prompts, n, max_tokens, temperature, progress=True)
     return rollouts, torch.tensor([[tasks.reward(p, r.text) for r in row] for p, row in zip(problems, rollouts)])
 
 
@@ -53,35 +69,160 @@ def mean_interval(per_problem: Tensor) -> tuple[float, float]:
     return per_problem.mean().item(), 1.96 * per_problem.std().item() / math.sqrt(len(per_problem))
 
 
+def pass_at(j: int, rewards: Tensor) -> Tensor:
+    """Chance that at least one of j responses is right, unbiased: 1 - C(n-c, j) / C(n, j) (Chen et al. 2021).
+
+    rewards [P,n], c of each row's n are 1 and the others 0; 1 <= j <= n. Returns [P].
+
+    >>> pass_at(2, torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
+    tensor([0.5000, 0.0000])
+    """
+    n = rewards.shape[1]
+    return torch.tensor([1 - math.comb(n - int(c), j) / math.comb(n, j) for c in rewards.sum(1)])
+
+
+def sizes(k: int) -> list[int]:
+    """The j of pass@j: powers of two, and k.
+
+    >>> sizes(4), sizes(6)
+    ([1, 2, 4], [1, 2, 4, 6])
+    """
+    return sorted({2**i for i in range(k.bit_length())} | {k})
+
+
+def measure(actor, problems: list[tasks.Problem], k: int, max_tokens: int, temperature: float, chat: bool) -> dict:
+    """Scores with their half-widths, the shares of truncated responses, and every response, to audit the scores by."""
+    greedy, first = evaluate(actor, problems, 1, max_tokens, 0.0, chat)
+    sampled, rewards = evaluate(actor, problems, k, max_tokens, temperature, chat)
+    per_problem = {"greedy pass@1": first[:, 0], f"avg@{k}": rewards.mean(1)}
+    per_problem |= {f"pass@{j}": pass_at(j, rewards) for j in sizes(k)}
+    responses = [
+        [{"text": r.text, "reward": w, "truncated": r.truncated} for r, w in zip(g + s, [*a.tolist(), *b.tolist()])]
+        for g, s, a, b in zip(greedy, sampled, first, rewards)
+    ]
+    return {
+        "scores": {x: dict(zip(("mean", "half_width_95"), mean_interval(v))) for x, v in per_problem.items()},
+        "truncated": {
+            "greedy": sum(r[0]["truncated"] for r in responses) / len(problems),
+            "sampled": sum(x["truncated"] for r in responses for x in r[1:]) / (len(problems) * k),
+        },
+        "responses": [{**asdict(p), "greedy": r[0], "sampled": r[1:]} for p, r in zip(problems, responses)],
+    }
+
+
+def percent(score: dict[str, float]) -> str:
+    """A score as the table shows it.
+
+    >>> percent({"mean": 0.25, "half_width_95": 0.0375})
+    '25.0 ± 3.8'
+    """
+    return f"{100 * score['mean']:.1f} ± {100 * score['half_width_95']:.1f}"
+
+
+def table(results: list[dict]) -> str:
+    """Markdown, in per cent: checkpoints down, benchmarks across, each with greedy pass@1 and avg@k."""
+    columns = {(r["task"], name): None for r in results for name in ("greedy pass@1", f"avg@{r['k']}")}
+    lines = [["model", *(f"{task} {name}" for task, name in columns)], ["---"] * (1 + len(columns))]
+    for model in dict.fromkeys(r["model"] for r in results):
+        scores = {(r["task"], name): s for r in results if r["model"] == model for name, s in r["scores"].items()}
+        lines.append([model, *(percent(scores[c]) if c in scores else "" for c in columns)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def line(result: dict) -> str:
+    """All scores of one result."""
+    scores = ", ".join(f"{name} {percent(score)}" for name, score in result["scores"].items())
+    cut = 100 * result["truncated"]["sampled"]
+    return f"{result['model']}, {result['problems']} of {result['task']}: {scores} % (truncated: {cut:.1f} %)"
+
+
+def plan(args: Args) -> list[tuple[dict, list[tasks.Problem]]]:
+    """What to do: (settings, problems) of each checkpoint and benchmark. ValueError or OSError for what cannot work."""
+    for name in ("k", "max_tokens"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be 1 or more")
+    if not args.kv_cache_gib > 0:
+        raise ValueError(f"--kv_cache_gib {args.kv_cache_gib}: must be above 0")
+    if not args.temperature > 0:
+        raise ValueError(f"--temperature {args.temperature}: must be above 0 (the greedy response is always made)")
+    if args.data and len(args.task) > 1:
+        raise ValueError(f"--data {args.data} holds the problems of one task: give one --task")
+    problems = {task: tasks.load(task, "test", args.problems, args.seed, args.data) for task in args.task}
+    for task, found in problems.items():
+        if len(found) < 2:
+            raise ValueError(f"--problems {len(found)} of {task}: an interval needs 2 or more")
+    steps = []
+    for model in dict.fromkeys(args.model):
+        tokenizer = load_tokenizer(model, args.context)
+        for task, found in problems.items():
+            prompts = [p.prompt for p in found]
+            prompts = chat_prompts(tokenizer, prompts) if args.chat else prompts
+            encode(tokenizer, prompts, args.max_tokens, args.context)
+            how = {x: getattr(args, x) for x in ("temperature", "max_tokens", "seed", "chat", "data")}
+            k = args.k or tasks.samples(task)
+            steps.append(({"model": model, "task": task, "problems": len(found), "k": k, **how}, found))
+    return steps
+
+
+def read(out: Path) -> list[dict]:
+    """The results that the file has so far. ValueError when it holds something else."""
+    if out.suffix != ".json":
+        raise ValueError(f"--out {out}: must end in .json (the table goes into a .md beside it)")
+    try:
+        return json.loads(out.read_text())["results"] if out.exists() else []
+    except (ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"--out {out} is there and holds no results of eval.py: give another") from e
+
+
+def write(out: Path, args: Args, results: list[dict]) -> None:
+    """The whole file under another name, then in place of the old one: whoever stops us, one of the two is whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = out.with_suffix(".json.new")
+    new.write_text(json.dumps({"args": asdict(args), "results": results}, indent=1))
+    new.replace(out)
+
+
+def find(results: list[dict], settings: dict) -> dict | None:
+    """The result with these settings, if it is there."""
+    return next((r for r in results if r.items() >= settings.items()), None)
+
+
 def main(args: Args) -> None:
     try:
-        problems = tasks.load(args.task, "test", args.problems, args.seed)
-        if args.k < 1:
-            raise ValueError(f"--k {args.k}: sample one response or more")
-        if len(problems) < 2:
-            raise ValueError(f"--problems {args.problems}: an interval needs 2 or more")
-        if args.out:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.out).touch()
-        actor = start_actor(args.engine, args.model, args.context, args.seed)
-        torch.manual_seed(args.seed)
-        greedy, greedy_rewards = evaluate(actor, problems, 1, args.max_tokens, temperature=0.0)
+        steps = plan(args)
+        out = Path(args.out) if args.out else None
+        results = read(out) if out else []
+        if out:
+            write(out, args, results)  # so that a place where nothing can be written is known now
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    sampled, sampled_rewards = evaluate(actor, problems, args.k, args.max_tokens)
-    result = {"args": asdict(args)}
-    for name, rewards in (("greedy pass@1", greedy_rewards), (f"sampled avg@{args.k}", sampled_rewards)):
-        mean, half = mean_interval(rewards.mean(1))
-        result[name] = {"mean": mean, "half_width_95": half}
-        print(f"{name:>14}: {100 * mean:.1f} ± {100 * half:.1f} %  ({len(problems)} {args.task} problems)")
-    if args.out:
-        result["responses"] = [
-            {"prompt": p.prompt, "greedy": g[0].text, "sampled": [r.text for r in s], "rewards": w}
-            for p, g, s, w in zip(problems, greedy, sampled, sampled_rewards.tolist())
-        ]
-        Path(args.out).write_text(json.dumps(result, indent=1))
-        print(f"every response: {args.out}")
-    actor.close()
+
+    for settings, _ in steps:
+        if find(results, settings):
+            print(f"already in {out}: {settings['model']}, {settings['task']}")
+    for model in dict.fromkeys(args.model):
+        todo = [(settings, p) for settings, p in steps if settings["model"] == model and not find(results, settings)]
+        if not todo:
+            continue
+        try:
+            actor = start_actor(args.engine, model, args.context, args.seed, args.kv_cache_gib)
+        except (ValueError, OSError) as e:
+            sys.exit(f"error: {e}")
+        with closing(actor):
+            for settings, problems in todo:
+                torch.manual_seed(args.seed)  # here, so that no score depends on what was done before it
+                how = (settings["k"], args.max_tokens, args.temperature, args.chat)
+                results.append(settings | measure(actor, problems, *how))
+                if out:
+                    write(out, args, results)
+                print(line(results[-1]), flush=True)
+
+    asked = [find(results, settings) for settings, _ in steps]
+    print("\n" + table(asked))
+    if out:
+        out.with_suffix(".md").write_text(table(asked))
+    where = f"{out}, with every response; {out.with_suffix('.md')}" if out else "not kept (--out FILE.json keeps them)"
+    print(f"{len(asked)} results in per cent, with 95 % intervals over problems: {where}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,15 @@ def load_model(name: str, device: str | None = None):
     return model.to(device), AutoTokenizer.from_pretrained(name)
 
 
+def load_tokenizer(name: str, context: int):
+    """The tokenizer of a folder or hub name; ValueError if there is no model or it reads less than context tokens."""
+    _refuse_missing(name)
+    longest = getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", context)
+    if context > longest:
+        raise ValueError(f"--context {context}: {name} reads {longest} tokens at most")
+    return AutoTokenizer.from_pretrained(name)
+
+
 def start_actor(engine: str, name: str, context: int, seed: int, kv_cache_gib: float = 0.5, model=None, tokenizer=None):
     """The actor for --engine: vllm loads the checkpoint itself, torch samples the given model (or loads it)."""
     if engine == "vllm":
@@ -62,6 +71,14 @@ def encode(tokenizer, prompts: list[str] | list[list[int]], max_tokens: int, con
                 f"tokens (or the prompt is empty); give a larger --context or a smaller --max_tokens: {prompt[:80]!r}"
             )
     return encoded
+
+
+def chat_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
+    """Token numbers of each prompt as a user's message to which the model is to reply, by its own chat template."""
+    if not tokenizer.chat_template:
+        raise ValueError(f"{tokenizer.name_or_path} has no chat template: leave --chat away")
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
 
 
 class VLLMActor:
