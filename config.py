@@ -19,6 +19,7 @@ class Args:
     task: str = HfArg(default="countdown-tiny", help=f"One of: {', '.join(tasks.TASKS)}.")
     data: str | None = HfArg(default=None, help="Local JSON, JSONL or parquet file in place of the task's dataset.")
     eval_task: str | None = HfArg(default=None, help="Task of the held-out problems (default: the same).")
+    eval_data: str | None = HfArg(default=None, help="Local file in place of its dataset.")
     out: str | None = HfArg(default=None, help="Folder of the run; it must be new (default: a new one under runs/).")
     resume: str | None = HfArg(
         default=None, help="Folder of a run to go on with; of the rest only --steps may be given."

@@ -24,11 +24,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import HfArgumentParser, set_seed
+from transformers import AutoConfig, HfArgumentParser, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import checkpoint
 import credit
+import memory
 import parallel
 import tasks
 from config import Args, check, resumed
@@ -37,7 +38,7 @@ from grpo import check_head, group_advantages, micro_batches, shape_advantages, 
 from heads import Heads, layer_range, split_heads
 from linkage import Stability
 from metrics import Signals, measure_spans, observe
-from rollout import encode, load_model, pack, start_actor
+from rollout import encode, load_model, load_tokenizer, pack, start_actor
 from runs import Log, new_run_folder, plot, stops_softly, take
 
 SPAN_ROWS = 32  # responses that a head split is measured on
@@ -199,21 +200,54 @@ def train_step(
     return record, heads
 
 
+def prepare(args: Args, source: str):
+    """Tokenizer, training and held-out problems; a training problem too long for --context is left out.
+
+    Raises ValueError for arguments and data that cannot work.
+    """
+    check(args)
+    tokenizer = load_tokenizer(source, args.context)
+    test_set = tasks.load(args.eval_task or args.task, "test", args.eval_problems, data=args.eval_data)
+    encode(tokenizer, [p.prompt for p in test_set], args.max_tokens, args.context)
+    every = tasks.load(args.task, "train", seed=args.seed, data=args.data)
+    lengths = map(len, tokenizer([p.prompt for p in every]).input_ids)
+    train_set = [p for p, n in zip(every, lengths) if n + args.max_tokens <= args.context]
+    if args.prompts > len(train_set):
+        raise ValueError(
+            f"--prompts {args.prompts}: {args.task} has {len(every)} training problems, {len(train_set)} of them short "
+            f"enough for a context of {args.context} tokens with responses of {args.max_tokens}"
+        )
+    if len(train_set) < len(every) and parallel.rank() == 0:
+        print(f"{args.task}: {len(every) - len(train_set)} of {len(every)} problems are too long and left out")
+    return tokenizer, train_set, test_set
+
+
+def plan(args: Args) -> None:
+    """--dry_run: say what would be done, from the model's configuration, tokenizer and data alone."""
+    _, train_set, test_set = prepare(args, args.model)
+    shape = AutoConfig.from_pretrained(args.model)
+    gib = memory.estimate(
+        shape, parallel.world(), args.micro_tokens, args.kv_cache_gib, checkpointing=args.checkpointing
+    )
+    print(
+        f"{args.model}: {memory.parameters(shape)[0]:,} weights, {parallel.world()} process(es)\n"
+        f"{args.task}: {len(train_set)} training problems; {len(test_set)} of {args.eval_task or args.task} held out\n"
+        f"the first: {train_set[0].prompt!r}\n"
+        f"{args.steps} steps of {args.prompts} problems x {args.group} responses of up to {args.max_tokens} tokens, "
+        f"{args.updates} updates each, learning rate {args.lr:g}\n"
+        f"credit {args.credit}, q {args.q}, gamma {args.amp}, WAAD window {args.window}, FAI horizon {args.horizon}\n"
+        f"GiB on each GPU, computed: {', '.join(f'{name} {size:.1f}' for name, size in gib.items() if size >= 0.05)}\n"
+        "dry run: nothing was started"
+    )
+
+
 def load(args: Args, source: str):
     """Model, tokenizer, training and held-out problems, and whether attention can be recorded.
 
     Raises ValueError for whatever would stop the run later.
     """
-    check(args)
-    train_set = tasks.load(args.task, "train", seed=args.seed)
-    test_set = tasks.load(args.eval_task or args.task, "test", args.eval_problems)
-    if args.prompts > len(train_set):
-        raise ValueError(f"--prompts {args.prompts}: {args.task} has {len(train_set)} training problems")
-    model, tokenizer = load_model(source, "cpu")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", args.context)
-    if args.context > longest:
-        raise ValueError(f"--context {args.context}: {args.model} reads {longest} tokens at most")
-    encode(tokenizer, [p.prompt for p in train_set + test_set], args.max_tokens, args.context)
+    tokenizer, train_set, test_set = prepare(args, source)
+    model, _ = load_model(source, "cpu")
     check_head(model)
     recordable = True
     try:  # a model without recordable attention says so now
@@ -232,9 +266,11 @@ def load(args: Args, source: str):
 
 
 def main(args: Args) -> None:
-    started = time.perf_counter()
-    device, found = parallel.start(), None
+    started, found = time.perf_counter(), None
     try:
+        if args.dry_run:
+            return plan(args) if parallel.rank() == 0 else None
+        device = parallel.start()
         if args.resume:
             args, folder = resumed(args), Path(args.resume)
             found = checkpoint.latest(folder)

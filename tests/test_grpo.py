@@ -188,3 +188,10 @@ def test_token_logprobs_are_those_of_the_unpadded_sequence():
     assert (grpo.token_logprobs(model, ids, torch.zeros_like(mask), entropy=True)[1] == 0).all()
     with pytest.raises(ValueError, match="token 0"):
         grpo.token_logprobs(model, ids, t.expand(4, -1) >= 0)
+
+
+def test_the_upper_clip_may_be_higher():
+    mask, one = torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 1)
+    for ratio, advantage, high, expected in ((1.5, 1, None, 1.2), (1.5, 1, 0.28, 1.28), (0.5, -1, 0.28, -0.8)):
+        loss = grpo.clipped_loss(one * math.log(ratio), 0 * one, advantage * one, mask, 0.2, high)
+        assert loss.item() == pytest.approx(-expected, abs=1e-5)

@@ -76,7 +76,7 @@ CREDITS = ["coupled", "local", "global", "entropy", "random", "uniform"]
 @pytest.mark.parametrize(
     "extra",
     [*(["--credit", c] for c in CREDITS), ["--lowest"], ["--sign", "positive"], ["--all_heads"], ["--layers", "top"],
-     ["--on_produced"], ["--horizon", "5"], ["--q", "1.0"]],
+     ["--on_produced"], ["--horizon", "5"], ["--q", "1.0"], ["--importance_cap", "2"], ["--epsilon_high", "0.28"]],
     ids=" ".join,
 )  # fmt: skip
 def test_every_credit_and_ablation_trains(extra, tmp_path):
@@ -141,6 +141,40 @@ def test_every_flag_reaches_the_credit():
     assert seen[0].equal(outcome(micro_tokens=300)), "the size of a pass changes nothing"
 
 
+def test_checkpointing_and_importance_weights_near_one_change_nothing(tmp_path):
+    one = ["--engine", "torch", "--steps", 1, "--eval_problems", 2, "--prompts", 12]
+    results = []
+    for name, extra in (("a", []), ("b", ["--checkpointing"]), ("c", ["--importance_cap", 2]),
+                        ("d", ["--importance_cap", 1e-9])):  # fmt: skip
+        run("--out", tmp_path / name, *one, *extra)
+        results.append(records(tmp_path / name)[1])
+    a, b, c, d = results
+    assert a["grad_norm"] > 0.01
+    for other in (b, c):
+        assert a["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+        assert a["loss"] == pytest.approx(other["loss"], abs=1e-6)
+    assert d["grad_norm"] < 1e-6, "the weights are applied: cut at nothing, nothing is learned"
+
+
+def test_dynamic_sampling_replaces_groups_of_equal_reward():
+    actor = rollout.TorchActor(*rollout.load_model("assets/tiny"))
+    problems = train.tasks.load("countdown-tiny", "train", 24)
+    torch.manual_seed(0)
+    args = train.Args(prompts=6, group=4, max_tokens=96, dynamic=True)
+    groups, rewards, everything = train.sample(args, actor, problems)
+    assert len(groups) == len(rewards) == 6 and all(0 < r.mean() < 1 for r in rewards)
+    assert len(everything) > 6 and len(everything) % 6 == 0, "whole batches are drawn until there are enough"
+    plain = train.sample(train.Args(prompts=6, group=4, max_tokens=96), actor, problems[:6])
+    assert len(plain[0]) == 6 and torch.equal(plain[1], plain[2])
+
+
+def test_each_epoch_has_every_problem_once_in_an_order_of_its_own():
+    got = runs.take(list("abcde"), 0, 15, seed=1)
+    epochs = [got[i : i + 5] for i in (0, 5, 10)]
+    assert all(sorted(e) == list("abcde") for e in epochs) and epochs[0] != epochs[1]
+    assert runs.take(list("abcde"), 3, 7, seed=1) == got[3:10] != runs.take(list("abcde"), 3, 7, seed=2)
+
+
 def test_groups_of_equal_reward_are_survived(tmp_path, monkeypatch):
     monkeypatch.setattr(train.tasks, "reward", lambda problem, text: 0.0)
     run("--engine", "torch", "--out", tmp_path / "run", "--steps", 2, "--eval_problems", 2)
@@ -182,6 +216,17 @@ def test_bad_arguments_are_one_line_before_anything_starts(argv, message, tmp_pa
     with pytest.raises(SystemExit, match=f"(?s)error: .*{message}") as e:
         run("--out", tmp_path / "run", *argv)
     assert "\n" not in str(e.value)
+
+
+def test_a_dry_run_says_the_plan_and_starts_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "start_actor", None)
+    monkeypatch.setattr(train, "load_model", None)
+    run("--dry_run", "--out", tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "1,443,744 weights" in out and "peak, asleep" in out and "4000 training problems" in out
+    assert out.strip().endswith("nothing was started") and not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit, match="--group 1"):
+        run("--dry_run", "--group", 1)
 
 
 def test_a_wrong_credit_lists_the_choices(capsys):
