@@ -1,7 +1,7 @@
 """Checkpoints that a run can be killed around: whole or not there at all, checked when read, the last few kept.
 
-A checkpoint is a folder checkpoint-STEP: the model and tokenizer as transformers writes them, trainer.pt (optimizer,
-random states, position in the data, ...), and manifest.json, written last, with the size and CRC-32 of every file. It
+A checkpoint is a folder checkpoint-STEP: the model and tokenizer as transformers writes them, optimizer.pt, trainer.pt
+(random states, position in the data, ...), and manifest.json, written last, with the size and CRC-32 of every file. It
 is made under another name and renamed when it is on the disk.
 """
 
@@ -47,15 +47,18 @@ def save(folder: Path, step: int, model, tokenizer, optimizer, state: dict, keep
     Raises OSError, with what is left to go on from, when it cannot be written.
     """
     state = {**state, "step": step, "rng": parallel.gather([_random_state()])}
-    state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=WHOLE)
-    whole = get_model_state_dict(model, options=WHOLE)
+    moments, weights = (
+        get_optimizer_state_dict(model, optimizer, options=WHOLE),
+        get_model_state_dict(model, options=WHOLE),
+    )
     if parallel.rank() == 0:
         final, making = folder / f"checkpoint-{step}", folder / "checkpoint-unfinished"
         try:
             shutil.rmtree(making, ignore_errors=True)
             logging.disable_progress_bar()
-            model.save_pretrained(making, state_dict=whole)
+            model.save_pretrained(making, state_dict=weights)
             tokenizer.save_pretrained(making)
+            torch.save(moments, making / "optimizer.pt")
             torch.save(state, making / "trainer.pt")
             files = sorted(making.iterdir())
             manifest = {f.name: [f.stat().st_size, _crc(f)] for f in files}
@@ -80,37 +83,40 @@ def listed(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
-def whole(path: Path) -> dict:
-    """The trainer's state in a checkpoint. Raises ValueError when anything in it is not as it was written."""
+def damage(path: Path) -> str | None:
+    """What in a checkpoint is not as it was written; None if it is whole."""
     try:
         for name, (size, crc) in json.loads((path / "manifest.json").read_text()).items():
             if (path / name).stat().st_size != size or _crc(path / name) != crc:
-                raise ValueError(f"{name} is not as it was written")
-        return torch.load(path / "trainer.pt", weights_only=True, map_location="cpu")
-    except Exception as e:
-        raise ValueError(f"{path} is damaged ({e})") from e
-
-
-def latest(folder: Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint that is whole, and its state; a damaged one is named on stderr and passed over.
-
-    None if there is none yet; ValueError if there are but all are damaged.
-    """
-    for path in reversed(listed(folder)):
-        try:
-            return path, whole(path)
-        except ValueError as e:
-            if parallel.rank() == 0:
-                print(f"{e}: trying the one before", file=sys.stderr, flush=True)
-    if listed(folder):
-        raise ValueError(f"no checkpoint in {folder} is whole; begin anew with another --out")
+                return f"{name} is not as it was written"
+    except (OSError, ValueError) as e:
+        return str(e)
     return None
 
 
-def restore(state: dict, model, optimizer) -> None:
-    """Put the optimizer's and the random generators' states back."""
+def latest(folder: Path) -> tuple[Path, dict] | None:
+    """The newest checkpoint that is whole, and its state; all ranks call, rank 0 chooses.
+
+    A damaged one is named on stderr and passed over. None if there is none yet; ValueError if all are damaged.
+    """
+    chosen = None
+    for path in reversed(listed(folder)) if parallel.rank() == 0 else ():
+        if (why := damage(path)) is None:
+            chosen = path
+            break
+        print(f"{path} is damaged ({why}): trying the one before", file=sys.stderr, flush=True)
+    else:
+        if parallel.rank() == 0 and listed(folder):
+            raise ValueError(f"no checkpoint in {folder} is whole; begin anew with another --out")
+    chosen = parallel.gather([chosen])[0]
+    return chosen and (chosen, torch.load(chosen / "trainer.pt", weights_only=True))
+
+
+def restore(path: Path, state: dict, model, optimizer) -> None:
+    """Put the optimizer's and the random generators' states back. Rank 0 reads the optimizer's and hands it out."""
+    moments = torch.load(path / "optimizer.pt", weights_only=True) if parallel.rank() == 0 else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=parallel.world() > 1)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    set_optimizer_state_dict(model, optimizer, moments, options=options)
     if len(state["rng"]) == parallel.world():  # with another number of ranks the random draws are others
         mine = state["rng"][parallel.rank()]
         torch.set_rng_state(mine["cpu"])

@@ -299,7 +299,7 @@ def main(args: Args) -> None:
         heads = state["heads"] and Heads(*state["heads"])
         stability.restore(state["stability"])
         generator.set_state(state["generator"])
-        checkpoint.restore(state, model, optimizer)
+        checkpoint.restore(source, state, model, optimizer)
     log = Log(folder, step if args.resume else None)
 
     def held_out() -> Tensor:
