@@ -110,7 +110,7 @@ def test_random_junk_never_raises():
         assert judge("".join(rng.choices(pieces, k=rng.randint(0, 30)))) in (0.0, 1.0)
 
 
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", [n for n in tasks.TASKS if n.startswith("countdown")])
 def test_problems_are_solvable_disjoint_and_repeatable(name):
     n = 300
     test, train, other = tasks.load(name, "test", n), tasks.load(name, "train", n), tasks.load(name, "train", n, seed=1)
@@ -139,9 +139,11 @@ def solvable(problem):
 def test_defaults_and_errors():
     assert len(tasks.load("countdown")) == 512 and len(tasks.load("countdown4", "train")) == 20_000
     assert len(tasks.load("countdown-tiny", "train")) == 4_000
-    with pytest.raises(ValueError, match=r"unknown task 'maths'.*countdown"):
+    with pytest.raises(ValueError, match=r"unknown task 'maths'.*countdown.*aime24"):
         tasks.load("maths")
     with pytest.raises(ValueError, match="unknown split"):
         tasks.load("countdown", "dev")
     with pytest.raises(ValueError, match="no 50000 distinct"):
         tasks.load("countdown-tiny", "train", 50_000)
+    with pytest.raises(ValueError, match="'countdown' makes its problems"):
+        tasks.load("countdown", data="some.json")

@@ -1,0 +1,175 @@
+r"""Is the answer in the last \boxed{...} of a response right? Never raises, never hangs, whatever the response says.
+
+Most answers are settled here, by comparing tidied text and whole numbers. The rest go to math-verify, which knows that
+0.5 is \frac{1}{2}; but sympy under it will start to compute 10^{10^{10}}, and its own timeouts are alarms, which only a
+main thread can set and no big-number operation obeys. So math-verify runs without them in a process of its own, with
+limited memory, that is killed when an answer takes too long, and started again. This file is both sides of the pipe:
+imported it asks, run it serves. The worker imports nothing of the caller's, neither its __main__ nor torch.
+"""
+
+import atexit
+import json
+import os
+import re
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+from functools import lru_cache
+
+LONGEST = 1_000  # characters of an answer; a longer one is wrong
+DEADLINE = 5.0  # seconds that math-verify may spend on one answer; a later one is wrong
+START = 60.0  # seconds that the worker may take to start, on a busy machine
+MEMORY = 1 << 30  # bytes that the worker may map
+
+
+def maths(target: str, text: str) -> float:
+    r"""1.0 when the last \boxed{...} of text equals target as mathematics, else 0.0.
+
+    >>> maths("0.5", r"so \boxed{\frac12}"), maths("0.5", r"\boxed{0.5}, or rather \boxed{2}"), maths("0.5", "0.5")
+    (1.0, 0.0, 0.0)
+    """
+    answer = last_boxed(text)
+    return float(answer is not None and _same(target, answer))
+
+
+def choice(target: str, text: str) -> float:
+    r"""1.0 when the last \boxed{...} of text holds the letter target and nothing else, else 0.0.
+
+    >>> choice("B", r"\boxed{\text{(b)}}"), choice("B", r"\boxed{B or C}")
+    (1.0, 0.0)
+    """
+    answer = re.sub(r"\\(?:text|textbf|mathrm|mathbf)(?![a-z])", "", last_boxed(text) or "")
+    return float(answer.strip(" \t\n(){}$*.:").upper() == target)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last \boxed{...} of text holds; None when there is none, or it is unclosed or longer than LONGEST.
+
+    >>> last_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}}!"), last_boxed(r"\boxed{1} or \boxed{2")
+    ('\\frac{1}{2}', None)
+    """
+    rest = text.rpartition(r"\boxed")[2][: LONGEST + 10].lstrip() if r"\boxed" in text else ""
+    depth = 0
+    for token in re.finditer(r"\\.|[{}]", rest, re.DOTALL) if rest.startswith("{") else ():
+        depth += {"{": 1, "}": -1}.get(token[0], 0)  # an escaped \{ is no brace
+        if depth == 0:
+            return rest[1 : token.start()] if token.start() <= LONGEST else None
+    return None
+
+
+@lru_cache(10_000)  # the responses of a group repeat each other's answers
+def _same(target: str, answer: str) -> bool:
+    target, answer = _tidy(target), _tidy(answer)
+    if not (target and answer):
+        return False
+    plain = _plain(target), _plain(answer)
+    if plain[0] == plain[1]:
+        return True
+    if all(re.fullmatch("-?[0-9]{1,1000}", x) for x in (target, answer)):
+        return int(target) == int(answer)
+    return _ask(target, answer)
+
+
+def _tidy(answer: str) -> str:
+    """answer without dollar signs and a final stop; 4.5e33, which math-verify reads as 4.5·e·33, as a power of ten."""
+    answer = re.sub(r"\\?\$", "", answer.replace("−", "-")).strip().removesuffix(".")
+    return re.sub(r"(?<=[0-9])[eE]\+?(-?[0-9]{1,3})$", r" \\times 10^{\1}", answer)
+
+
+def _plain(answer: str) -> str:
+    r"""answer without what cannot change its value: spaces, \left, \right, commas in 1,000, zeros in 27.0."""
+    answer = re.sub(r"\\[!,]|\\(?:left|right)(?![a-zA-Z])", "", answer.replace("{,}", ","))
+    answer = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer)
+    answer = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", answer)  # "1 2" is not 12
+    if re.fullmatch(r"-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", answer):
+        answer = answer.replace(",", "")
+    return re.sub(r"^(-?[0-9]+)\.0+$", r"\1", answer)
+
+
+_lock = threading.Lock()
+_worker: subprocess.Popen | None = None
+
+
+def check() -> None:
+    """Start math-verify's process; ValueError, in one line, when it does not answer (say, is not installed)."""
+    if not _ask("0.5", r"\frac{1}{2}"):
+        raise ValueError("math-verify, which judges maths answers, does not run: pip install -r requirements.txt")
+
+
+def _ask(target: str, answer: str) -> bool:
+    """math-verify's verdict; False when it comes too late, or the worker dies over it."""
+    global _worker
+    request, reply = json.dumps([target, answer]).encode() + b"\n", b""
+    with _lock:
+        try:
+            if _worker is None or _worker.poll() is not None:
+                _stop()
+                _worker = subprocess.Popen(
+                    [sys.executable, "-P", __file__],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    bufsize=0,
+                )
+                _read(START)
+            _worker.stdin.write(request)
+            reply = _read(DEADLINE)
+        except OSError:  # it died before it could read
+            pass
+        finally:
+            if not reply:  # dead, too late or interrupted: a late reply must not answer the next question
+                _stop()
+    return reply == b"1"
+
+
+def _read(seconds: float) -> bytes:
+    """The worker's next byte; none when it is dead, or silent for so long."""
+    waiting = select.poll()  # select.select takes no descriptor above 1023, and the caller may have many
+    waiting.register(_worker.stdout, select.POLLIN)
+    return _worker.stdout.read(1) if waiting.poll(1000 * seconds) else b""
+
+
+@atexit.register
+def _stop() -> None:
+    global _worker
+    if _worker is not None:
+        _worker.kill()
+        _worker.stdin.close()
+        _worker.stdout.close()
+        _worker.wait()
+        _worker = None
+
+
+def _forget() -> None:
+    """In a forked child: the worker, and perhaps the lock, are the parent's."""
+    global _lock, _worker
+    _lock, _worker = threading.Lock(), None
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _serve() -> None:
+    """The worker: one byte when ready, then for each line of JSON, [target, answer], one byte, 1 or 0."""
+    import logging
+
+    from math_verify import parse
+    from math_verify import verify as equal
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    logging.disable()  # it would warn that its timeouts are off
+    os.write(1, b"1")
+    for line in sys.stdin:
+        # Nothing handles this alarm, so the kernel ends the process, even when its parent is gone and cannot.
+        signal.setitimer(signal.ITIMER_REAL, 2 * DEADLINE)
+        target, answer = (parse(rf"\boxed{{{x}}}", parsing_timeout=None) for x in json.loads(line))
+        verdict = equal(target, answer, timeout_seconds=None)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.write(1, b"1" if verdict else b"0")
+
+
+if __name__ == "__main__":
+    _serve()
