@@ -50,6 +50,7 @@ class Args:
 
     model: str = HfArg(default="assets/tiny", help="Folder or hub name of a transformers checkpoint.")
     task: str = HfArg(default="countdown-tiny", help=f"One of: {', '.join(tasks.TASKS)}.")
+    data: str | None = HfArg(default=None, help="Local JSON, JSONL or parquet file in place of the task's dataset.")
     run: str | None = HfArg(default=None, help="Plot the stability that this run of train.py logged; nothing else.")
     problems: int = HfArg(default=70, help="Held-out problems, one response each.")
     temperature: float = HfArg(default=0.7, help="Of the sampled responses.")
@@ -143,7 +144,7 @@ def main(args: Args) -> None:
         for name, least in (("problems", 10), ("max_tokens", 16), ("top_k", 1), ("positions", 1), ("micro_tokens", 1)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name} {getattr(args, name)}: must be {least} or more")
-        problems = tasks.load(args.task, "test", args.problems)
+        problems = tasks.load(args.task, "test", args.problems, data=args.data)
         model, tokenizer = load_model(args.model)
         check_head(model)
         context = max(map(len, tokenizer([p.prompt for p in problems]).input_ids)) + 2 * args.max_tokens
