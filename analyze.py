@@ -58,6 +58,7 @@ class Args:
     top_k: int = HfArg(default=3, help="Other tokens forced at a position.")
     positions: int = HfArg(default=3, help="Positions of highest, and of lowest FAI in a response.")
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
+    kv_cache_gib: float = HfArg(default=0.5, help="vLLM's cache: more lets it generate more responses at once.")
     seed: int = HfArg(default=0, help="Seed of sampling and of the random weights.")
     micro_tokens: int = HfArg(default=2048, help="Tokens in one forward pass.")
     out: str | None = HfArg(default=None, help="Folder to write; it must be new (default: a new one under runs/).")
@@ -154,7 +155,9 @@ def main(args: Args) -> None:
                              f"{args.model} reads {longest}")  # fmt: skip
         folder = new_run_folder(args, f"analysis-{args.task}")
         print(f"{folder}: starting {args.engine}", flush=True)
-        actor = start_actor(args.engine, args.model, context, args.seed, model=model, tokenizer=tokenizer)
+        actor = start_actor(
+            args.engine, args.model, context, args.seed, args.kv_cache_gib, model=model, tokenizer=tokenizer
+        )
         torch.manual_seed(args.seed)
         rollouts, rewards = evaluate(actor, problems, 1, args.max_tokens, args.temperature)
         rollouts = [r[0] for r in rollouts]
