@@ -28,8 +28,10 @@ class Args:
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
     seed: int = HfArg(default=0, help="Seed of problems, sampling and minibatches.")
 
-    credit: Literal["coupled", "local", "global", "entropy", "random", "uniform"] = HfArg(
-        default="coupled", help="Which tokens get more of the advantage (Eq. 14-19); uniform is plain GRPO."
+    credit: Literal["coupled", "local", "global", "entropy", "random", "uniform", "scaled"] = HfArg(
+        default="coupled",
+        help="Which tokens get more of the advantage (Eq. 14-19); uniform is plain GRPO; scaled gives every token the "
+        "mean gamma of coupled.",
     )
     q: float = HfArg(default=0.4, help="Share of tokens to credit.")
     amp: float = HfArg(default=1.5, help="gamma_amp, the factor on their advantage.")

@@ -112,6 +112,15 @@ def uniform(mask: Tensor) -> Tensor:
     return torch.ones(mask.shape, device=mask.device)
 
 
+def scaled(gamma: Tensor, mask: Tensor) -> Tensor:
+    """Control: the mean of gamma for every response token, the same size of step without a choice of tokens.
+
+    >>> scaled(torch.tensor([[1.0, 1.5, 1.0]]), torch.tensor([[False, True, True]]))
+    tensor([[1.0000, 1.2500, 1.2500]])
+    """
+    return torch.where(mask, gamma[mask].mean(), 1.0)
+
+
 def on_produced(gamma: Tensor, mask: Tensor) -> Tensor:
     """Ablation: give each token's gamma to the token its attention row produced, the next one. The first token gets 1.
 

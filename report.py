@@ -200,6 +200,21 @@ def stability_figure(records: list[dict], path: Path) -> None:
     _save(fig, path)
 
 
+def arms_figure(found: dict[str, dict[int, np.ndarray]], every: int, path: Path) -> None:
+    """Held-out success over training, a line per arm: mean over seeds, and the standard error as a band."""
+    fig, ax = plt.subplots(figsize=(8, 4.6))
+    for arm, runs in found.items():
+        curves = 100 * np.array(list(runs.values()))  # [seeds,evaluations]
+        steps, mean = np.arange(curves.shape[1]) * every, curves.mean(0)
+        (line,) = ax.plot(steps, mean, lw=2 if arm in ("uniform", "coupled") else 1.2, label=f"{arm} ({len(curves)})")
+        if len(curves) > 1:
+            error = curves.std(0, ddof=1) / len(curves) ** 0.5
+            ax.fill_between(steps, mean - error, mean + error, color=line.get_color(), alpha=0.12)
+    ax.set(xlabel="step", ylabel="held-out success, %", title="Mean over seeds (their number) ± standard error")
+    ax.legend(fontsize=9)
+    _save(fig, path)
+
+
 def _save(fig, path: Path) -> None:
     if fig.get_layout_engine() is None:
         fig.tight_layout()

@@ -42,7 +42,7 @@ from rollout import encode, load_model, load_tokenizer, pack, start_actor
 from runs import Log, new_run_folder, plot, stops_softly, take
 
 SPAN_ROWS = 32  # responses that a head split is measured on
-RHYTHM = ("coupled", "local", "global")  # the credits that need WAAD and FAI
+RHYTHM = ("coupled", "scaled", "local", "global")  # the credits that need WAAD and FAI
 
 # The largest mean |logp_vllm - logp_torch| that rounding can explain; beyond it the sampler has other weights.
 GAP_LIMIT = {"cpu": 1e-3, "cuda": 0.3}
@@ -88,9 +88,10 @@ def gammas(args: Args, signals: Signals, mask: Tensor, generator: torch.Generato
     """The credit of each token, Eq. 14-19. [R,N]"""
     how = dict(q=args.q, amp=args.amp)
     match args.credit:
-        case "coupled":
+        case "coupled" | "scaled":
             how |= dict(alpha=args.alpha, k=args.k, lowest=args.lowest)
             gamma = credit.coupled_rhythm(signals.waad, signals.fai, mask, **how)
+            gamma = credit.scaled(gamma, mask) if args.credit == "scaled" else gamma
         case "local":
             gamma = credit.local_chunk(signals.waad, mask, **how, lowest=args.lowest)
         case "global":

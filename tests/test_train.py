@@ -70,7 +70,7 @@ def test_a_sampler_that_was_not_reloaded_stops_the_run(tmp_path, monkeypatch):
     assert list((tmp_path / "run").glob("checkpoint-*/config.json")), "nothing is lost"
 
 
-CREDITS = ["coupled", "local", "global", "entropy", "random", "uniform"]
+CREDITS = ["coupled", "local", "global", "entropy", "random", "uniform", "scaled"]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_every_flag_reaches_the_credit():
 
     changes = [
         {}, {"credit": "local"}, {"credit": "global"}, {"credit": "entropy"}, {"credit": "random"},
-        {"credit": "uniform"},
+        {"credit": "uniform"}, {"credit": "scaled"},
         {"q": 0.2}, {"amp": 2.0}, {"alpha": 0.1}, {"k": 1}, {"window": 3}, {"horizon": [10, 20]}, {"horizon": [10]},
         {"quantile": 0.1}, {"layers": "top"}, {"layers": "bottom"}, {"layers": "all"}, {"all_heads": True},
         {"lowest": True}, {"on_produced": True}, {"sign": "positive"}, {"sign": "negative"},
