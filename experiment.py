@@ -3,13 +3,13 @@
     python experiment.py                 makes the runs that are not there yet, one after another; stop and start freely
     python experiment.py --report        table and figure from the committed records; nothing is run
 
-Same warm start, same problems in the same order, same number of rollouts in every arm; only gamma differs. Fixed before
-the arms were run: {steps} steps at a learning rate tuned for uniform (STUDY), held-out success on all 512 test problems
-(one sample each) every {every} steps. Primary measure: mean held-out success over the last quarter of training. Second:
-the mean over all of it (area under the curve). Both as differences to uniform, and to scaled, paired by seed, with a 95 %
-bootstrap interval over seeds.
+Same warm start, same problems in the same order, same number of rollouts in every arm; only gamma differs. Fixed
+before the arms were run: {steps} steps at a learning rate tuned for uniform (STUDY), held-out success on all 512 test
+problems (one sample each) every {every} steps. Primary measure: mean held-out success over the last quarter of
+training. Second: the mean over all of it (area under the curve). Both as differences to uniform, and to scaled, paired
+by seed, with a 95 % bootstrap interval over seeds.
 
-scaled gives every token the mean gamma of coupled, because a gamma above 1 also makes the step larger. (AdamW divides by
+scaled gives every token the mean gamma of coupled: a gamma above 1 also makes the step larger. (AdamW divides by
 the size of the gradient, so little is to be expected of it here; plain gradient descent would feel it.)
 """
 
@@ -109,7 +109,7 @@ def measures(curve: np.ndarray) -> np.ndarray:
 
 
 def difference(one: dict[int, np.ndarray], other: dict[int, np.ndarray]) -> tuple[np.ndarray, int]:
-    """Differences of the measures in points, paired by seed, [2 measures, (mean, low, high)]; and the number of seeds."""
+    """Differences of the measures in points, paired by seed: [2 measures, (mean, low, high)]; and how many seeds."""
     seeds = sorted(one.keys() & other.keys())
     if len(seeds) < 2:
         return np.full((2, 3), np.nan), len(seeds)
