@@ -8,7 +8,7 @@ help:           ## Show this.
 demo: .venv/ok  ## Train the embedded model on Countdown with coupled rhythm credit (about 6 minutes on two cores).
 	$(BIN)/python train.py
 
-test: .venv/ok  ## Run all tests (about 3 minutes on two cores).
+test: .venv/ok  ## Run all tests (under ten minutes on two cores).
 	$(BIN)/python -m pytest
 
 lint: .venv/ok  ## Check format and style.

@@ -148,6 +148,11 @@ def main(args: Args) -> None:
         problems = tasks.load(args.task, "test", args.problems, data=args.data)
         model, tokenizer = load_model(args.model)
         check_head(model)
+        others = model.config.get_text_config().vocab_size - len(tokenizer.all_special_ids) - 1
+        if args.top_k > others:
+            raise ValueError(f"--top_k {args.top_k}: there are {others} other tokens to force")
+        if not 0 <= args.temperature < float("inf"):
+            raise ValueError(f"--temperature {args.temperature}: 0 (greedy) or above")
         context = max(map(len, tokenizer([p.prompt for p in problems]).input_ids)) + 2 * args.max_tokens
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", context)
         if context > longest:

@@ -12,6 +12,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging
 
 import parallel
@@ -46,6 +48,7 @@ def save(folder: Path, step: int, model, tokenizer, optimizer, state: dict, keep
 
     Raises OSError, with what is left to go on from, when it cannot be written.
     """
+    _reshard(model)
     state = {**state, "step": step, "rng": parallel.gather([_random_state()])}
     moments, weights = (
         get_optimizer_state_dict(model, optimizer, options=WHOLE),
@@ -109,20 +112,31 @@ def latest(folder: Path) -> tuple[Path, dict] | None:
         if parallel.rank() == 0 and listed(folder):
             raise ValueError(f"no checkpoint in {folder} is whole; begin anew with another --out")
     chosen = parallel.gather([chosen])[0]
-    return chosen and (chosen, torch.load(chosen / "trainer.pt", weights_only=True))
+    return chosen and (chosen, torch.load(chosen / "trainer.pt", weights_only=True, map_location="cpu"))
 
 
 def restore(path: Path, state: dict, model, optimizer) -> None:
     """Put the optimizer's and the random generators' states back. Rank 0 reads the optimizer's and hands it out."""
-    moments = torch.load(path / "optimizer.pt", weights_only=True) if parallel.rank() == 0 else {}
+    _reshard(model)
+    moments = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu") if parallel.rank() == 0 else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=parallel.world() > 1)
     set_optimizer_state_dict(model, optimizer, moments, options=options)
     if len(state["rng"]) == parallel.world():  # with another number of ranks the random draws are others
         mine = state["rng"][parallel.rank()]
         torch.set_rng_state(mine["cpu"])
+        name, keys, *rest = mine["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
         if torch.cuda.is_available() and mine["cuda"] is not None:
             torch.cuda.set_rng_state(mine["cuda"])
 
 
 def _random_state() -> dict:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    name, keys, *rest = np.random.get_state()  # vLLM draws the seeds of requests from it
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda, "numpy": (name, torch.tensor(keys.astype(np.int64)), *rest)}
+
+
+def _reshard(model) -> None:
+    """A pass without gradient leaves the weights of FSDP's root gathered, where no state dict finds them."""
+    if isinstance(model, FSDPModule):
+        model.reshard()

@@ -1,6 +1,7 @@
 """The arguments of a training run: what they are, what they may be, and those of a run to go on with."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,8 @@ from transformers.hf_argparser import HfArg
 
 import parallel
 import tasks
+
+STEPS = 40
 
 
 @dataclass
@@ -24,7 +27,7 @@ class Args:
     resume: str | None = HfArg(
         default=None, help="Folder of a run to go on with; of the rest only --steps may be given."
     )
-    dry_run: bool = HfArg(default=False, help="Check arguments, data and memory, print the plan, start nothing.")
+    dry_run: bool = HfArg(default=False, help="Check arguments and data, print the plan and memory, start nothing.")
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
     seed: int = HfArg(default=0, help="Seed of problems, sampling and minibatches.")
 
@@ -47,7 +50,7 @@ class Args:
     on_produced: bool = HfArg(default=False, help="Ablation: credit the token a row produced, not the row's own.")
     heads_every: int = HfArg(default=10, help="Steps between measurements of the head split.")
 
-    steps: int = HfArg(default=40, help="Training steps (one batch of rollouts each).")
+    steps: int | None = HfArg(default=None, help=f"Training steps, one batch of rollouts each (default: {STEPS}).")
     prompts: int = HfArg(default=32, help="Problems in a batch.")
     group: int = HfArg(default=8, help="G, responses to each problem.")
     updates: int = HfArg(default=4, help="Gradient steps on each batch.")
@@ -94,10 +97,14 @@ def check(args: Args) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be 1 or more")
     for name in ("lr", "amp", "kv_cache_gib"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be above 0")
-    if args.importance_cap is not None and args.importance_cap <= 0:
-        raise ValueError(f"--importance_cap {args.importance_cap}: must be above 0")
+        if not 0 < getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be above 0 and finite")
+    for name in ("importance_cap", "epsilon_high"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be above 0 and finite")
+    for name, high in (("seed", 2**31), ("eval_every", math.inf)):
+        if not 0 <= getattr(args, name) < high:
+            raise ValueError(f"--{name} {getattr(args, name)}: from 0 up to {high}")
     if parallel.world() > 1 and args.engine == "torch":
         raise ValueError(
             "--engine torch samples with the trainer's own weights, in one process: use vllm with torchrun"
@@ -112,7 +119,22 @@ def resumed(args: Args) -> Args:
         saved = Args(**json.loads((Path(args.resume) / "args.json").read_text()))
     except (OSError, ValueError, TypeError) as e:
         raise ValueError(f"--resume {args.resume}: no run is there, or its args.json cannot be read ({e})") from e
-    given = [name for name, value in asdict(args).items() if value != getattr(Args(), name)]
-    if wrong := set(given) - {"resume", "steps"}:
+    given = {name for name, value in asdict(args).items() if value != getattr(Args(), name)}
+    if wrong := ", ".join(sorted(given - {"resume", "steps", "dry_run"})):
         raise ValueError(f"--resume takes its arguments from the run; only --steps may be given beside it, not {wrong}")
-    return replace(saved, resume=args.resume, steps=args.steps if "steps" in given else saved.steps)
+    args = replace(
+        saved, resume=args.resume, steps=saved.steps if args.steps is None else args.steps, dry_run=args.dry_run
+    )
+    check(args)
+    if args.steps != saved.steps and not args.dry_run and parallel.rank() == 0:  # to be resumed again as it is now
+        try:
+            write_args(args, Path(args.resume))
+        except OSError as e:
+            raise ValueError(f"--resume {args.resume}: cannot write there ({e.strerror})") from e
+    return args
+
+
+def write_args(args, folder: Path) -> None:
+    """args.json, whole or not at all."""
+    (folder / "args.new").write_text(json.dumps(asdict(args), indent=1))
+    (folder / "args.new").replace(folder / "args.json")

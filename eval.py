@@ -1,6 +1,6 @@
 """Success on held-out problems: greedy pass@1, sampled avg@k and pass@j, by the trainer's own sampler and verifier.
 
-python eval.py --model runs/countdown-tiny-coupled-1/checkpoint --task countdown-tiny
+python eval.py --model runs/countdown-tiny-coupled-1/checkpoint-40 --task countdown-tiny
 python eval.py --model A B --task countdown-tiny aime24 --k 16 --out results.json
 """
 
@@ -169,7 +169,10 @@ def read(out: Path) -> list[dict]:
     if out.suffix != ".json":
         raise ValueError(f"--out {out}: must end in .json (the table goes into a .md beside it)")
     try:
-        return json.loads(out.read_text())["results"] if out.exists() else []
+        results = json.loads(out.read_text())["results"] if out.exists() else []
+        if all(isinstance(r, dict) for r in results):
+            return results
+        raise ValueError("not a list of results")
     except (ValueError, TypeError, KeyError) as e:
         raise ValueError(f"--out {out} is there and holds no results of eval.py: give another") from e
 

@@ -57,6 +57,8 @@ def parameters(config) -> tuple[int, int]:
     """Number of weights of the whole model, a tied head counted once, and of its largest layer. No memory is taken."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    if not hasattr(model.base_model, "layers"):
+        raise ValueError(f"{type(model).__name__} keeps its layers elsewhere than in base_model.layers: no formula yet")
     count = [sum(p.numel() for p in module.parameters()) for module in (model, *model.base_model.layers)]
     return count[0], max(count[1:])
 
@@ -148,11 +150,11 @@ def table() -> str:
         config = qwen3(size)
         for world in (1, 8):
             how = dict(world=world, kv_cache_gib=KV_CACHE_GIB)
-            gib, low = estimate(config, **how), estimate(config, checkpointing=True, **how)
+            gib, checkpointed = estimate(config, **how), estimate(config, checkpointing=True, **how)
             lines.append([
                 size, f"{world}", f"{gib['weights'] + gib['gradients'] + gib['AdamW']:.1f}",
                 f"{gib['gathered'] + gib['unreduced gradients']:.1f}",
-                f"{gib['activations']:.1f}, {low['activations']:.1f}", f"{gib['logits']:.1f}",
+                f"{gib['activations']:.1f}, {checkpointed['activations']:.1f}", f"{gib['logits']:.1f}",
                 f"{gib['vLLM weights'] + gib['vLLM cache']:.1f}", f"{gib['peak, asleep']:.1f}",
                 f"{gib['peak, awake']:.1f}",
                 ", ".join("yes" if gib[f"peak, {x}"] <= limit else "no" for x in ("asleep", "awake")),

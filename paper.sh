@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The paper's settings (arXiv 2510.13554), a line each: paper.sh NAME [more arguments], for one with --dry_run.
 # From it: the models, 512 responses a batch, 16 updates, learning rate 1e-6, temperature 1, responses of 1,024 or 8,192
-# tokens, 500 steps on 8 GPUs (4B) or 600 on 16 (8B). Ours, where it is silent: groups of 8, an evaluation every 50 steps.
+# tokens, 500 steps on 8 GPUs (4B) or 600 on 16 (8B; 8 here). Ours, where it is silent: groups of 8, an evaluation every
+# 50 steps. After Ctrl-C or SIGTERM torchrun waits for the step to end and be saved, 15 minutes at most.
 set -euo pipefail
 cd "$(dirname "$0")"
-node() { torchrun --nproc-per-node 8 train.py --prompts 64 --group 8 --updates 16 --lr 1e-6 --eval_every 50 "$@"; }
+node() { torchrun --nproc-per-node 8 --shutdown-timeout 900 train.py --prompts 64 --group 8 --updates 16 --lr 1e-6 --eval_every 50 "$@"; }
 name=${1:-}; shift || true
 case $name in
 countdown) node --model Qwen/Qwen3-4B-Base --task countdown4 --steps 500 --max_tokens 1024 --context 1280 --micro_tokens 8192 --kv_cache_gib 24 "$@" ;;

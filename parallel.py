@@ -67,6 +67,10 @@ def shard(model, device: torch.device):
     if not dist.is_initialized():
         return model.to(device)
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    if not hasattr(model.base_model, "layers"):
+        raise ValueError(
+            f"{type(model).__name__} keeps its layers elsewhere than in base_model.layers: not sharded yet"
+        )
     mesh = dist.init_device_mesh(device.type, (world(),))
     for layer in model.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)

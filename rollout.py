@@ -100,10 +100,11 @@ class VLLMActor:
             raise ValueError(f"vLLM cannot be imported ({e}): install requirements.txt, or use --engine torch") from e
         on_gpu = torch.cuda.is_available()
         self.context, self.sleeps, self.asleep = context, on_gpu, False
+        more = {}
         if parallel.world() > 1:  # each rank has an engine of its own
-            more = dict(distributed_executor_backend="external_launcher", tensor_parallel_size=1)
-        else:
-            more = {}
+            more |= dict(distributed_executor_backend="external_launcher", tensor_parallel_size=1)
+        if on_gpu:  # the share of memory is only asked to be free at the start: the cache's size is given outright
+            more |= dict(enable_sleep_mode=True, gpu_memory_utilization=0.05)
         self.llm = LLM(
             str(path),
             dtype="bfloat16" if on_gpu else "float32",
@@ -115,7 +116,6 @@ class VLLMActor:
             disable_log_stats=True,
             use_tqdm_on_load=False,
             seed=seed,
-            enable_sleep_mode=on_gpu,
             **more,
         )
         self.tokenizer = self.llm.get_tokenizer()

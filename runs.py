@@ -5,11 +5,12 @@ import random
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 
 import parallel
+from config import write_args
 
 
 def new_run_folder(args, name: str) -> Path:
@@ -20,13 +21,22 @@ def new_run_folder(args, name: str) -> Path:
             if folder.is_dir() and any(folder.iterdir()):
                 raise ValueError(f"--out {args.out} already holds a run: give another folder, or remove it")
         else:
-            numbered = (Path(f"runs/{name}-{i}") for i in range(1, 10**6))
-            folder = next(f for f in numbered if not f.exists())
+            Path("runs").mkdir(exist_ok=True)
+            folder = next(f for i in count(1) if made(f := Path(f"runs/{name}-{i}")))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "args.json").write_text(json.dumps(asdict(args), indent=1))
+        write_args(args, folder)
     except OSError as e:
         raise ValueError(f"--out {args.out or 'runs/'}: cannot write there ({e.strerror})") from e
     return folder
+
+
+def made(folder: Path) -> bool:
+    """Whether this call, and no other, made the folder."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 class Log:
@@ -35,6 +45,7 @@ class Log:
     def __init__(self, folder: Path, before: int | None = None):
         """before: a step to go on from; what was logged after its checkpoint was made is forgotten."""
         self.path, self.records = folder / "metrics.jsonl", []
+        self.owed = False  # an evaluation that was forgotten and is to be made again
         if before is None:
             self.path.unlink(missing_ok=True)
             return
@@ -45,6 +56,7 @@ class Log:
                 break
             if record["step"] < before or (record["step"] == before and "reward" in record):
                 self.records.append(record)
+            self.owed |= record["step"] == before and "success" in record
         if parallel.rank() == 0:
             whole = self.path.with_suffix(".new")
             whole.write_text("".join(json.dumps(r) + "\n" for r in self.records))

@@ -100,6 +100,8 @@ def load(name: str, split: str = "test", n: int | None = None, seed: int = 0, da
         raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}: choose train or test")
+    if n is not None and n < 0:
+        raise ValueError(f"{n} problems of task {name!r}: ask for none or more")
     task, rng = TASKS[name], random.Random(f"{name}/{split}/{seed}")
     if isinstance(task, Countdown):
         if data is not None:

@@ -3,7 +3,7 @@
     python train.py                                        the embedded model learns Countdown, on two CPU cores
     python train.py --credit uniform                       plain GRPO, to compare
     python train.py --resume runs/countdown-tiny-coupled-1 a run that was stopped, by whatever, goes on
-    torchrun --nproc-per-node 8 train.py --model Qwen/Qwen3-4B-Base --task math --max_tokens 1024 --context 2048
+    ./paper.sh math-4b-1k                                  Qwen3-4B-Base on eight GPUs, as in the paper
 
 Where this departs from the paper, and why:
 1. The paper scores with a third model under eager attention, to have maps. Here WAAD and FAI come from the scoring pass
@@ -19,6 +19,7 @@ Where this departs from the paper, and why:
 
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ import credit
 import memory
 import parallel
 import tasks
-from config import Args, check, resumed
+from config import STEPS, Args, check, resumed
 from eval import evaluate, mean_interval
 from grpo import check_head, group_advantages, micro_batches, shape_advantages, token_logprobs, update
 from heads import Heads, layer_range, split_heads
@@ -124,7 +125,7 @@ def sample(args: Args, actor_infer, problems: list[tasks.Problem]) -> tuple[list
     """G responses to each problem and their rewards [P,G]; each rank samples and verifies its share.
 
     With --dynamic, problems come in batches, and groups of equal reward are replaced by those of the next batch.
-    Also returns the rewards of all that was sampled, for the log.
+    Also returns the rewards of all that was sampled.
     """
     groups, rewards = [], []
     for start in range(0, len(problems), args.prompts):
@@ -172,12 +173,11 @@ def train_step(
         old, minibatches = signals.logprobs, order.tensor_split(args.updates)
         if args.importance_cap:
             shaped = shaped * (old - sampled).exp().clamp(max=args.importance_cap)
-        learned = {} if idle else update(
+        learned = {"loss": 0.0, "grad_norm": 0.0, "skipped": 0} if idle else update(
             model, optimizer, input_ids, mask, old, shaped, minibatches, args.micro_tokens, args.epsilon,
             args.epsilon_high, parallel.rank(), parallel.world(),
         )  # fmt: skip
-        if learned:
-            learned["loss"] = parallel.total(torch.tensor(learned["loss"])).item()
+        learned["loss"] = parallel.total(torch.tensor(learned["loss"])).item()
     with clock("reload"):
         actor_infer.reload(model)
 
@@ -194,6 +194,7 @@ def train_step(
         "truncated": sum(r.truncated for r in flat),
         "empty": sum(not r.text for r in flat),
         "within_horizon": sum(len(r.ids) <= args.horizon[0] for r in flat),  # too short to have an anchor
+        "problems": len(sampled_rewards),
         "equal_groups": int((sampled_rewards == sampled_rewards[:, :1]).all(1).sum()),
         "tokens_per_s": mask.sum().item() / sum(clock.seconds.values()),
         "seconds": clock.seconds,
@@ -269,12 +270,16 @@ def load(args: Args, source: str):
 def main(args: Args) -> None:
     started, found = time.perf_counter(), None
     try:
+        if args.resume:
+            args, folder = resumed(args), Path(args.resume)
+        args = replace(args, steps=STEPS if args.steps is None else args.steps)
         if args.dry_run:
             return plan(args) if parallel.rank() == 0 else None
         device = parallel.start()
         if args.resume:
-            args, folder = resumed(args), Path(args.resume)
             found = checkpoint.latest(folder)
+            if found and args.steps < found[1]["step"]:
+                raise ValueError(f"--steps {args.steps}: {found[0]} has {found[1]['step']} already")
         source, state = found or (args.model, {})
         model, tokenizer, train_set, test_set, recordable = load(args, str(source))
         if not args.resume:
@@ -289,7 +294,7 @@ def main(args: Args) -> None:
         actor_infer = start_actor(args.engine, str(source), model=model, tokenizer=tokenizer, **how)
     except (ValueError, OSError) as e:
         parallel.fail(e)
-    actor_infer.generate([p.prompt for p in train_set[: args.prompts]], args.group, args.max_tokens)
+    actor_infer.generate([p.prompt for p in train_set[: args.prompts]], 1, min(args.max_tokens, 128))
     set_seed(args.seed + parallel.rank())  # after the engine, which seeds the global generators too
     generator = torch.Generator().manual_seed(args.seed)
     layers = layer_range(model.config.get_text_config().num_hidden_layers, args.layers)
@@ -297,14 +302,16 @@ def main(args: Args) -> None:
     step, position, heads, before, skips = 0, 0, None, None, 0
     if state:
         step, position, before, skips = (state[name] for name in ("step", "position", "before", "skips"))
-        heads = state["heads"] and Heads(*state["heads"])
+        if state["heads"]:
+            heads = Heads(state["heads"][0], *(x.to(device) for x in state["heads"][1:]))
         stability.restore(state["stability"])
         generator.set_state(state["generator"])
         checkpoint.restore(source, state, model, optimizer)
     log = Log(folder, step if args.resume else None)
 
     def held_out() -> Tensor:
-        mine = evaluate(actor_infer, parallel.share(test_set), args.eval_samples, args.max_tokens)
+        mine = parallel.share(test_set)
+        mine = evaluate(actor_infer, mine, args.eval_samples, args.max_tokens) if mine else ([], torch.tensor([]))
         rollouts, rewards = zip(*parallel.gather(list(zip(mine[0], mine[1].tolist()))))
         mean, half = mean_interval(per_problem := torch.tensor(rewards).mean(1))
         record = {"step": step, "success": mean, "half_width_95": half}
@@ -328,7 +335,8 @@ def main(args: Args) -> None:
     bar = tqdm(initial=step, total=args.steps, desc=args.credit, disable=parallel.rank() > 0)
     with stops_softly() as asked_to_stop:
         while True:
-            if step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0):
+            if step in (0, args.steps) or (args.eval_every and step % args.eval_every == 0) or log.owed:
+                log.owed = False
                 after = held_out()
                 if step == 0:
                     before = after
@@ -340,9 +348,10 @@ def main(args: Args) -> None:
             if (step - 1) % args.heads_every == 0:
                 heads = None  # measured anew
             count = args.prompts * (4 if args.dynamic else 1)
-            problems, position = take(train_set, position, count, args.seed), position + count
+            problems = take(train_set, position, count, args.seed)
             optimizer.param_groups[0]["lr"] = args.lr * min(1, step / 5)
             record, heads = train_step(args, model, optimizer, actor_infer, problems, heads, generator)
+            position += record["problems"]
             log({"step": step, **record})
             shown = {"reward": ".2f", "gap_mean": ".0e", "entropy": ".2f", "tokens_per_s": ".0f"}
             bar.set_postfix({name: format(record[name], how) for name, how in shown.items()})
@@ -355,7 +364,7 @@ def main(args: Args) -> None:
                     f"{record['gap_mean']:.4f} on average, more than rounding can explain: its weights were not "
                     f"reloaded (or, if that is not a number, the update diverged: lower --lr). See {log.path}"
                 )
-            skips = skips + 1 if record.get("skipped") else 0
+            skips = skips + 1 if record["skipped"] else 0
             if skips == SKIP_LIMIT:
                 parallel.fail(
                     f"step {step}: gradients were not finite in {skips} steps in a row; those updates were not made. "

@@ -113,6 +113,7 @@ def _ask(target: str, answer: str) -> bool:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
                     bufsize=0,
+                    start_new_session=True,  # Ctrl-C is the caller's to handle: here it would spoil a verdict
                 )
                 _read(START)
             _worker.stdin.write(request)

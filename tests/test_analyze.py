@@ -109,6 +109,8 @@ def test_the_run_that_was_logged_is_plotted(tmp_path, capsys):
     "argv, message",
     [
         (["--problems", "3"], "--problems 3: must be 10 or more"),
+        (["--top_k", "50"], "--top_k 50: there are 2. other"),
+        (["--temperature", "-1"], "--temperature -1"),
         (["--task", "sums"], "unknown task 'sums'"),
         (["--model", "no/such/place"], "cannot load a model from 'no/such/place'"),
         (["--max_tokens", "400"], "--max_tokens 400.*assets/tiny reads 512"),

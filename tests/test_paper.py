@@ -22,7 +22,7 @@ def test_all_five_are_there():
 def test_a_dry_run_of(name, tmp_path):
     """Its own flags, but for the model, which is on the hub, and what the small one and the small files allow."""
     torchrun = tmp_path / "torchrun"  # takes the command that torchrun would start eight times, and starts it once
-    torchrun.write_text('#!/bin/sh\nshift 2; exec "$PYTHON" "$@"\n')
+    torchrun.write_text('#!/bin/sh\nshift 4; exec "$PYTHON" "$@"\n')
     torchrun.chmod(0o755)
     extra = ["--dry_run", "--model", "assets/tiny", "--context", "500", "--max_tokens", "16", "--prompts", "2"]
     data = DATA.get(name.split("-")[0])

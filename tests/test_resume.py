@@ -77,12 +77,18 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(number, tmp_path, monkeyp
     assert same(outcome(tmp_path / "run"), uninterrupted)
 
 
-def test_more_steps_may_be_added_and_nothing_else(tmp_path, uninterrupted):
+def test_more_steps_may_be_added_and_nothing_else(tmp_path, capsys, uninterrupted):
     run(*SMALL, "--steps", 2, "--out", tmp_path / "run")
     with pytest.raises(SystemExit, match="only --steps may be given"):
         run("--resume", tmp_path / "run", "--lr", 1)
     run("--resume", tmp_path / "run", "--steps", 5)
     assert same(outcome(tmp_path / "run"), uninterrupted)
+    assert config.resumed(config.Args(resume=str(tmp_path / "run"))).steps == 5, "and killed, it is to be resumed so"
+    with pytest.raises(SystemExit, match=r"--steps 2: .*checkpoint-5 has 5 already"):
+        run("--resume", tmp_path / "run", "--steps", 2)
+    capsys.readouterr()
+    run("--resume", tmp_path / "run", "--dry_run")
+    assert "5 steps of 4 problems x 4 responses" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no run is there"):
         run("--resume", tmp_path)
 

@@ -27,7 +27,7 @@ def test_the_shipped_model_has_its_stated_skills():
     torch.manual_seed(0)
     model, _ = load_model("assets/tiny")
     skills = tiny.skills(model, tasks.load("countdown-tiny"))
-    assert 0.21 < skills["success"] < 0.31, "README: about 24 %; 1,024 answers, standard error 1.4 points"
+    assert 0.27 < skills["success"] < 0.36, "README: about 31 %; 1,024 answers, standard error 1.4 points"
     assert skills["arithmetic"] > 0.975 and skills["judgement"] > 0.975
 
 

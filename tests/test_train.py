@@ -181,7 +181,7 @@ def test_groups_of_equal_reward_are_survived(tmp_path, monkeypatch):
     steps = [r for r in records(tmp_path / "run") if "reward" in r]
     assert len(steps) == 2
     for r in steps:
-        assert r["equal_groups"] == 6 and "loss" not in r and r["gap_max"] < 1e-3
+        assert r["equal_groups"] == 6 and r["grad_norm"] == 0 and r["gap_max"] < 1e-3
 
 
 def test_short_and_truncated_responses_are_survived(tmp_path, monkeypatch):
@@ -208,6 +208,10 @@ def test_short_and_truncated_responses_are_survived(tmp_path, monkeypatch):
         (["--context", "2000"], "reads 512 tokens at most"),
         (["--prompts", "5000"], "has 4000 training problems"),
         (["--lr", "0"], "--lr 0"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--importance_cap", "-1"], "--importance_cap -1"),
+        (["--eval_every", "-1"], "--eval_every -1"),
         (["--eval_problems", "0"], "--eval_problems 0"),
     ],
 )
