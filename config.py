@@ -126,11 +126,6 @@ def resumed(args: Args) -> Args:
         saved, resume=args.resume, steps=saved.steps if args.steps is None else args.steps, dry_run=args.dry_run
     )
     check(args)
-    if args.steps != saved.steps and not args.dry_run and parallel.rank() == 0:  # to be resumed again as it is now
-        try:
-            write_args(args, Path(args.resume))
-        except OSError as e:
-            raise ValueError(f"--resume {args.resume}: cannot write there ({e.strerror})") from e
     return args
 
 

@@ -33,7 +33,7 @@ import credit
 import memory
 import parallel
 import tasks
-from config import STEPS, Args, check, resumed
+from config import STEPS, Args, check, resumed, write_args
 from eval import evaluate, mean_interval
 from grpo import check_head, group_advantages, micro_batches, shape_advantages, token_logprobs, update
 from heads import Heads, layer_range, split_heads
@@ -280,6 +280,8 @@ def main(args: Args) -> None:
             found = checkpoint.latest(folder)
             if found and args.steps < found[1]["step"]:
                 raise ValueError(f"--steps {args.steps}: {found[0]} has {found[1]['step']} already")
+            if parallel.rank() == 0:
+                write_args(args, folder)  # more steps than before, perhaps
         source, state = found or (args.model, {})
         model, tokenizer, train_set, test_set, recordable = load(args, str(source))
         if not args.resume:
