@@ -1,0 +1,57 @@
+"""The experiment's table: what is known of made-up records is what it says; and the arms are runs that could start."""
+
+import json
+
+import numpy as np
+import pytest
+from transformers import HfArgumentParser
+
+import config
+import experiment
+
+
+def write(folder, arm, seed, curve):
+    args = experiment.Args(folder=str(folder))
+    path = experiment.record_of(args, arm, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [{"step": i * experiment.EVERY, "success": s} for i, s in enumerate(curve)] + [{"step": 1, "reward": 0.3}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return args
+
+
+def test_differences_are_paired_by_seed(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for seed in range(5):
+        base = 0.3 + 0.3 * rng.random(7)  # seeds differ much more than arms do
+        for arm, more in (("uniform", 0.0), ("scaled", 0.0), ("coupled", 0.03 + 0.002 * (seed - 2))):
+            args = write(tmp_path, arm, seed, base + more)
+    found = experiment.curves(args)
+    gap, seeds = experiment.difference(found["coupled"], found["uniform"])
+    assert seeds == 5 and gap[0, 0] == pytest.approx(3.0) and 2.5 < gap[0, 1] < 3 < gap[0, 2] < 3.5
+    assert experiment.difference(found["scaled"], found["uniform"])[0].tolist() == [[0, 0, 0], [0, 0, 0]]
+    args.report = True
+    experiment.main(args)
+    first = (tmp_path / "countdown-tiny.md").read_bytes()
+    experiment.main(args)
+    assert first == (tmp_path / "countdown-tiny.md").read_bytes() and (tmp_path / "countdown-tiny.png").exists()
+    row = next(line for line in first.decode().splitlines() if line.startswith("| coupled"))
+    assert "+3.0 (+2.8 to +3.2)" in row and "15 runs" in capsys.readouterr().out
+
+
+def test_every_arm_is_a_run_that_could_start_and_differs_in_gamma_alone():
+    parser, plain = HfArgumentParser(config.Args), vars(config.Args())
+    allowed = {"credit", "lowest", "q", "sign", "all_heads", "on_produced"}
+    for arm, flags in experiment.ARMS.items():
+        (args,) = parser.parse_args_into_dataclasses(flags)
+        config.check(config.replace(args, steps=experiment.STEPS))
+        changed = {name for name, value in vars(args).items() if value != plain[name]}
+        assert changed <= allowed | ({"lr"} if arm in experiment.STUDY else set())
+    paths = {experiment.record_of(experiment.Args(), arm, 0) for arm in experiment.ARMS}
+    assert len(paths) == len(experiment.ARMS)
+
+
+def test_bad_arguments_are_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="--arms anchor: choose from uniform"):
+        experiment.main(experiment.Args(arms=["anchor"]))
+    with pytest.raises(SystemExit, match="no records of countdown-tiny"):
+        experiment.main(experiment.Args(folder=str(tmp_path), report=True))
