@@ -46,10 +46,13 @@ class Log:
         """before: a step to go on from; what was logged after its checkpoint was made is forgotten."""
         self.path, self.records = folder / "metrics.jsonl", []
         self.owed = False  # an evaluation that was forgotten and is to be made again
-        if before is None:
-            self.path.unlink(missing_ok=True)
-            return
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+        if parallel.rank() == 0:
+            self._begin(before)
+        # Only rank 0 reads what it also rewrites: all must come to the same evaluations.
+        self.records, self.owed = parallel.gather([(self.records, self.owed)])[0]
+
+    def _begin(self, before: int | None) -> None:
+        for line in self.path.read_text().splitlines() if before is not None and self.path.exists() else ():
             try:
                 record = json.loads(line)
             except ValueError:  # the line that was being written
@@ -57,10 +60,9 @@ class Log:
             if record["step"] < before or (record["step"] == before and "reward" in record):
                 self.records.append(record)
             self.owed |= record["step"] == before and "success" in record
-        if parallel.rank() == 0:
-            whole = self.path.with_suffix(".new")
-            whole.write_text("".join(json.dumps(r) + "\n" for r in self.records))
-            whole.replace(self.path)
+        whole = self.path.with_suffix(".new")
+        whole.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        whole.replace(self.path)
 
     def __call__(self, record: dict) -> None:
         self.records.append(record)

@@ -97,5 +97,3 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(tmp_path):
 def test_bad_arguments_under_torchrun_are_said_once(tmp_path):
     done = torchrun(2, "train.py", "--group", 1, "--out", tmp_path / "run")
     assert done.returncode != 0 and done.stderr.count("error: --group 1") == 1
-    done = torchrun(2, "train.py", "--engine", "torch", "--out", tmp_path / "run")
-    assert done.stderr.count("error: --engine torch samples with the trainer's own weights") == 1
