@@ -76,8 +76,8 @@ CREDITS = ["coupled", "local", "global", "entropy", "random", "uniform", "scaled
 
 @pytest.mark.parametrize(
     "extra",
-    [*(["--credit", c] for c in CREDITS), ["--sign", "positive"], ["--all_heads"], ["--on_produced"], ["--horizon", "5"],
-     ["--epsilon_high", "0.28"]],
+    [*(["--credit", c] for c in CREDITS), ["--sign", "positive"], ["--all_heads"], ["--on_produced"],
+     ["--horizon", "5"], ["--epsilon_high", "0.28"]],
     ids=" ".join,
 )  # fmt: skip
 def test_every_credit_and_ablation_trains(extra, tmp_path):
