@@ -200,18 +200,28 @@ def stability_figure(records: list[dict], path: Path) -> None:
     _save(fig, path)
 
 
-def arms_figure(found: dict[str, dict[int, np.ndarray]], every: int, path: Path) -> None:
-    """Held-out success over training, a line per arm: mean over seeds, and the standard error as a band."""
-    fig, ax = plt.subplots(figsize=(8, 4.6))
-    for arm, runs in found.items():
-        curves = 100 * np.array(list(runs.values()))  # [seeds,evaluations]
-        steps, mean = np.arange(curves.shape[1]) * every, curves.mean(0)
-        (line,) = ax.plot(steps, mean, lw=2 if arm in ("uniform", "coupled") else 1.2, label=f"{arm} ({len(curves)})")
-        if len(curves) > 1:
-            error = curves.std(0, ddof=1) / len(curves) ** 0.5
-            ax.fill_between(steps, mean - error, mean + error, color=line.get_color(), alpha=0.12)
-    ax.set(xlabel="step", ylabel="held-out success, %", title="Mean over seeds (their number) ± standard error")
-    ax.legend(fontsize=9)
+def arms_figure(found: dict[str, dict[int, np.ndarray]], main: list[str], path: Path) -> None:
+    """Held-out success over training, mean over seeds and standard error: main arms, and a panel for others if any are.
+
+    found has by arm and seed [evaluations, (step, success)].
+    """
+    panels = [p for p in ([a for a in found if a in main], [a for a in found if a not in main]) if p]
+    if len(panels) > 1:
+        panels[1] = [a for a in ("uniform", "coupled") if a in found] + panels[1]
+    fig, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 4.6), squeeze=False, sharey=True)
+    for ax, arms in zip(axes[0], panels):
+        for arm in arms:
+            curves = np.array(list(found[arm].values()))  # [seeds,evaluations,2]
+            steps, success = curves[0, :, 0], 100 * curves[:, :, 1]
+            width = 2.2 if arm in ("uniform", "coupled") else 1.2
+            (line,) = ax.plot(steps, success.mean(0), lw=width, label=f"{arm} ({len(curves)})")
+            if len(curves) > 1:
+                error = success.std(0, ddof=1) / len(curves) ** 0.5
+                ax.fill_between(
+                    steps, success.mean(0) - error, success.mean(0) + error, color=line.get_color(), alpha=0.12
+                )
+        ax.set(xlabel="step", ylabel="held-out success, %", title="Mean over seeds (their number) ± standard error")
+        ax.legend(fontsize=9)
     _save(fig, path)
 
 

@@ -52,12 +52,12 @@ def test_pass_at_j_is_unbiased():
 
 def test_every_checkpoint_on_every_benchmark(other, tmp_path, capsys):
     out = tmp_path / "new" / "results.json"
-    run("--model", "assets/tiny", other, "--task", "countdown-tiny", "countdown-tiny4", "--out", out)
+    run("--model", "assets/tiny", other, "--task", "countdown-tiny", "countdown-tiny18", "--out", out)
     printed = capsys.readouterr().out
     content = json.loads(out.read_text())
     assert content["args"]["model"] == ["assets/tiny", other] and content["args"]["seed"] == 0
     results = content["results"]
-    pairs = itertools.product(["assets/tiny", other], ["countdown-tiny", "countdown-tiny4"])
+    pairs = itertools.product(["assets/tiny", other], ["countdown-tiny", "countdown-tiny18"])
     assert [(r["model"], r["task"]) for r in results] == list(pairs)
     for r in results:
         assert list(r["scores"]) == ["greedy pass@1", "avg@3", "pass@1", "pass@2", "pass@3"]
