@@ -1,6 +1,7 @@
 """The experiment's table: what is known of made-up records is what it says; and the arms are runs that could start."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ def write(folder, arm, seed, curve):
     args = experiment.Args(folder=str(folder))
     path = experiment.record_of(args, arm, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [{"step": i * experiment.EVERY, "success": s} for i, s in enumerate(curve)] + [{"step": 1, "reward": 0.3}]
+    lines = [{"step": 3 * i, "success": s} for i, s in enumerate(curve)] + [{"step": 1, "reward": 0.3}]
     path.write_text("\n".join(map(json.dumps, lines)))
     return args
 
@@ -22,7 +23,7 @@ def write(folder, arm, seed, curve):
 def test_differences_are_paired_by_seed(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for seed in range(5):
-        base = 0.3 + 0.3 * rng.random(7)  # seeds differ much more than arms do
+        base = 0.3 + 0.3 * rng.random(5)  # seeds differ much more than arms do
         for arm, more in (("uniform", 0.0), ("scaled", 0.0), ("coupled", 0.03 + 0.002 * (seed - 2))):
             args = write(tmp_path, arm, seed, base + more)
     found = experiment.curves(args)
@@ -31,27 +32,38 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
     assert experiment.difference(found["scaled"], found["uniform"])[0].tolist() == [[0, 0, 0], [0, 0, 0]]
     args.report = True
     experiment.main(args)
-    first = (tmp_path / "countdown-tiny.md").read_bytes()
+    first = (tmp_path / "countdown.md").read_bytes()
     experiment.main(args)
-    assert first == (tmp_path / "countdown-tiny.md").read_bytes() and (tmp_path / "countdown-tiny.png").exists()
+    assert first == (tmp_path / "countdown.md").read_bytes() and (tmp_path / "countdown.png").exists()
     row = next(line for line in first.decode().splitlines() if line.startswith("| coupled"))
     assert "+3.0 (+2.8 to +3.2)" in row and "15 runs" in capsys.readouterr().out
 
 
 def test_every_arm_is_a_run_that_could_start_and_differs_in_gamma_alone():
-    parser, plain = HfArgumentParser(config.Args), vars(config.Args())
+    parser = HfArgumentParser(config.Args)
     allowed = {"credit", "lowest", "q", "sign", "all_heads", "on_produced"}
-    for arm, flags in experiment.ARMS.items():
-        (args,) = parser.parse_args_into_dataclasses(flags)
-        config.check(config.replace(args, steps=experiment.STEPS))
-        changed = {name for name, value in vars(args).items() if value != plain[name]}
-        assert changed <= allowed | ({"lr"} if arm in experiment.STUDY else set())
-    paths = {experiment.record_of(experiment.Args(), arm, 0) for arm in experiment.ARMS}
-    assert len(paths) == len(experiment.ARMS)
+    for setting, (shared, arms) in experiment.SETTINGS.items():
+        (plain,) = map(vars, parser.parse_args_into_dataclasses(shared.split()))
+        for flags in arms.values():
+            (args,) = parser.parse_args_into_dataclasses([*shared.split(), *flags])
+            config.check(args)
+            changed = {name for name, value in vars(args).items() if value != plain[name]}
+            assert changed <= allowed | ({"lr"} if setting == "study" else set())
+        paths = {experiment.record_of(experiment.Args(setting), arm, 0) for arm in arms}
+        assert len(paths) == len(arms)
+
+
+def test_the_committed_table_comes_from_the_committed_records(tmp_path):
+    """Byte for byte, and every arm has the seeds that the protocol asks for."""
+    for setting, (_, arms) in experiment.SETTINGS.items():
+        found = experiment.curves(experiment.Args(setting))
+        assert experiment.table(found) + "\n" == Path(f"experiment/{setting}.md").read_text()
+        if setting != "study":
+            assert {a: list(runs) for a, runs in found.items()} == {a: list(experiment.default_seeds(a)) for a in arms}
 
 
 def test_bad_arguments_are_one_line(tmp_path):
     with pytest.raises(SystemExit, match="--arms anchor: choose from uniform"):
         experiment.main(experiment.Args(arms=["anchor"]))
-    with pytest.raises(SystemExit, match="no records of countdown-tiny"):
+    with pytest.raises(SystemExit, match="no records are there"):
         experiment.main(experiment.Args(folder=str(tmp_path), report=True))

@@ -1,0 +1,68 @@
+"""The arms' gradients against autograd through the loss itself; cosines against their definition; the whole command."""
+
+import numpy as np
+import pytest
+import torch
+
+import alignment
+import grpo
+from rollout import load_model
+
+
+def batch(rows=6, n=40):
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(3, 28, (rows, n), generator=generator)
+    ends = torch.randint(12, n, (rows, 1), generator=generator)
+    mask = (torch.arange(n) >= 8) & (torch.arange(n) < ends)
+    return input_ids, mask, torch.randn(rows, n, generator=generator)
+
+
+def test_the_gradient_is_that_of_the_clipped_loss_at_ratio_one():
+    model, _ = load_model("assets/tiny")
+    input_ids, mask, shaped = batch()
+    weights = shaped * mask / mask.sum(1, keepdim=True)
+    got = alignment.gradient(model, input_ids, mask, weights, torch.arange(6), tokens=100)
+    logprobs, _ = grpo.token_logprobs(model, input_ids, mask)
+    grpo.clipped_loss(logprobs, logprobs.detach(), shaped, mask).backward()
+    want = -6 * torch.cat([p.grad.flatten() for p in model.parameters()])  # a loss falls; it is a mean of 6
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+    model.zero_grad()
+
+
+def test_speeds_equal_their_definition_and_do_not_depend_on_a_factor():
+    rng = np.random.default_rng(0)
+    gradients, target = rng.normal(size=(5, 30)), rng.normal(size=30)
+    draws = rng.multinomial(5, np.full(5, 0.2), 4) / 5
+
+    def cosine(a, b):
+        return a @ b / np.sqrt((a @ a) * (b @ b))
+
+    rms = np.sqrt((gradients**2).mean(0))
+    want = [
+        [
+            sum(w * cosine(g, target) for w, g in zip(draw, gradients)),
+            cosine(draw @ gradients, target),
+            sum(w * cosine(g / rms, target) for w, g in zip(draw, gradients)),
+        ]
+        for draw in draws
+    ]
+    for factor in (1, 1.19):
+        got = alignment.speeds(*(torch.tensor(x).float() for x in (factor * gradients, target, draws)))
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_the_command_shows_scaled_to_be_uniform(tmp_path, capsys):
+    out = tmp_path / "table.md"
+    alignment.main(alignment.Args(arms=["scaled", "random"], problems=16, minibatch=4, engine="torch", out=str(out)))
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in out.read_text().splitlines()}
+    assert list(rows)[2:] == ["| uniform", "| scaled", "| random"] and "2 minibatches of 32" in capsys.readouterr().out
+    assert all(cell.replace("-", "+").startswith("+0.0 ") for cell in rows["| scaled"][:3])
+    assert not all(cell.replace("-", "+").startswith("+0.0 ") for cell in rows["| random"][:3])
+
+
+@pytest.mark.parametrize(
+    "name, value, says", [("arms", ["anchor"], "anchor"), ("problems", 20, "20"), ("task", "poker", "poker")]
+)
+def test_bad_arguments_are_one_line(name, value, says):
+    with pytest.raises(SystemExit, match=f"error:.*{says}"):
+        alignment.main(alignment.Args(**{"engine": "torch", name: value}))
