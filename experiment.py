@@ -177,7 +177,8 @@ def main(args: Args) -> None:
         if found := curves(replace(args, setting=setting)):
             text, figure = table(found), Path(args.folder) / f"{setting}.png"
             Path(args.folder, f"{setting}.md").write_text(text + "\n")
-            report.arms_figure(found, list(MAIN), figure)
+            gaps = {a: difference(runs, found.get("uniform", {})) for a, runs in found.items() if a != "uniform"}
+            report.arms_figure(found, {a: gap for a, (gap, n) in gaps.items() if n > 1}, list(MAIN), figure)
             print(f"{setting}: {SETTINGS[setting][0]}\n\n{text}\n\n{figure}\n")
             runs += sum(map(len, found.values()))
     if not runs:

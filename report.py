@@ -200,28 +200,32 @@ def stability_figure(records: list[dict], path: Path) -> None:
     _save(fig, path)
 
 
-def arms_figure(found: dict[str, dict[int, np.ndarray]], main: list[str], path: Path) -> None:
-    """Held-out success over training, mean over seeds and standard error: main arms, and a panel for others if any are.
+def arms_figure(
+    found: dict[str, dict[int, np.ndarray]], gaps: dict[str, np.ndarray], main: list[str], path: Path
+) -> None:
+    """Learning curves of the main arms, mean over seeds and standard error; and each arm's differences to uniform.
 
-    found has by arm and seed [evaluations, (step, success)].
+    found has by arm and seed [evaluations, (step, success)]; gaps by arm [(last quarter, area), (mean, low, high)].
     """
-    panels = [p for p in ([a for a in found if a in main], [a for a in found if a not in main]) if p]
-    if len(panels) > 1:
-        panels[1] = [a for a in ("uniform", "coupled") if a in found] + panels[1]
-    fig, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 4.6), squeeze=False, sharey=True)
-    for ax, arms in zip(axes[0], panels):
-        for arm in arms:
-            curves = np.array(list(found[arm].values()))  # [seeds,evaluations,2]
-            steps, success = curves[0, :, 0], 100 * curves[:, :, 1]
-            width = 2.2 if arm in ("uniform", "coupled") else 1.2
-            (line,) = ax.plot(steps, success.mean(0), lw=width, label=f"{arm} ({len(curves)})")
-            if len(curves) > 1:
-                error = success.std(0, ddof=1) / len(curves) ** 0.5
-                ax.fill_between(
-                    steps, success.mean(0) - error, success.mean(0) + error, color=line.get_color(), alpha=0.12
-                )
-        ax.set(xlabel="step", ylabel="held-out success, %", title="Mean over seeds (their number) ± standard error")
-        ax.legend(fontsize=9)
+    fig, axes = plt.subplots(1, 3 if gaps else 1, figsize=(13, 4.8) if gaps else (7, 4.6), squeeze=False)
+    for arm in [a for a in found if a in main] or found:
+        curves = np.array(list(found[arm].values()))  # [seeds,evaluations,2]
+        steps, success = curves[0, :, 0], 100 * curves[:, :, 1]
+        width, mean = 2.2 if arm in ("uniform", "coupled") else 1.2, success.mean(0)
+        (line,) = axes[0, 0].plot(steps, mean, lw=width, label=arm)
+        if len(curves) > 1:
+            error = success.std(0, ddof=1) / len(curves) ** 0.5
+            axes[0, 0].fill_between(steps, mean - error, mean + error, color=line.get_color(), alpha=0.12)
+    axes[0, 0].set(xlabel="step", ylabel="held-out success, %", title="mean over seeds ± standard error")
+    axes[0, 0].legend(fontsize=9)
+    for measure, ax in enumerate(axes[0, 1:]):
+        for y, gap in enumerate(reversed(gaps.values())):
+            mean, low, high = gap[measure]
+            ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color="C0")
+        ax.axvline(0, color="grey", lw=0.8)
+        labels = [f"{arm} ({len(found[arm])})" for arm in reversed(gaps)]
+        ax.set_yticks(range(len(gaps)), labels if measure == 0 else [])
+        ax.set(title=("last quarter", "area under the curve")[measure] + " − uniform's, 95 %", xlabel="points")
     _save(fig, path)
 
 
