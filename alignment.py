@@ -51,7 +51,7 @@ class Args:
     arms: list[str] = HfArg(
         default_factory=lambda: [*experiment.MAIN, *experiment.ABLATIONS], help="As experiment.py's; uniform is added."
     )
-    problems: int = HfArg(default=1024, help="Training problems; half of them for grad J.")
+    problems: int = HfArg(default=512, help="Training problems; half of them for grad J.")
     group: int = HfArg(default=8, help="G, responses to each problem.")
     minibatch: int = HfArg(default=8, help="Problems in a minibatch.")
     max_tokens: int = HfArg(default=128, help="Longest response.")
