@@ -52,6 +52,7 @@ class Args:
         default_factory=lambda: [*experiment.MAIN, *experiment.ABLATIONS], help="As experiment.py's; uniform is added."
     )
     problems: int = HfArg(default=512, help="Training problems; half of them for grad J.")
+    amp: float = HfArg(default=1.5, help="gamma_amp of all arms.")
     group: int = HfArg(default=8, help="G, responses to each problem.")
     minibatch: int = HfArg(default=8, help="Problems in a minibatch.")
     max_tokens: int = HfArg(default=128, help="Longest response.")
@@ -115,7 +116,7 @@ def main(args: Args) -> None:
 
     table, uniform = [["arm", "one minibatch", "all minibatches", "AdamW", "mean γ", "γ at choices"]], None
     for arm in tqdm(["uniform", *(a for a in args.arms if a != "uniform")], desc="arms"):
-        (how,) = HfArgumentParser(config.Args).parse_args_into_dataclasses(experiment.ARMS[arm])
+        (how,) = HfArgumentParser(config.Args).parse_args_into_dataclasses([*experiment.ARMS[arm], f"--amp={args.amp}"])
         gamma = gammas(how, signals[how.all_heads], mask, torch.Generator().manual_seed(args.seed))
         weights = shape_advantages(advantages, gamma, how.sign) * per_token
         speed = speeds(
