@@ -66,7 +66,7 @@ def gradient(model, input_ids: Tensor, mask: Tensor, weights: Tensor, rows: Tens
     for index, n in micro_batches(mask, rows[weights[rows].any(1)], tokens):
         logprobs, _ = token_logprobs(model, input_ids[index, :n], mask[index, :n])
         (logprobs * weights[index, :n]).sum().backward()
-    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
     model.zero_grad()
     return flat
 
@@ -78,7 +78,7 @@ def speeds(gradients: Tensor, target: Tensor, draws: Tensor) -> np.ndarray:
     """
     with_rms = gradients / gradients.square().mean(0).sqrt().clamp(min=1e-12)
     each, preconditioned = (
-        torch.nn.functional.cosine_similarity(x, target[None], dim=1, eps=0) for x in (gradients, with_rms)
+        torch.nn.functional.cosine_similarity(x, target[None], dim=1, eps=1e-20) for x in (gradients, with_rms)
     )
     size = torch.einsum("dm,mn,dn->d", draws, gradients @ gradients.T, draws).sqrt() * target.norm()
     return torch.stack([draws @ each, draws @ (gradients @ target) / size, draws @ preconditioned], 1).numpy()
