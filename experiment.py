@@ -9,7 +9,7 @@ only gamma differs. Held-out success on 512 test problems, one sample each. Main
 three. Primary measure: mean held-out success over the evaluations in the last quarter of training. Second: the area
 under its curve, as a mean. Both as differences to uniform, and to scaled, paired by seed, with a 95 % bootstrap
 interval over seeds (percentile; with five seeds it is narrower than it should be, by about a third against Student's
-t).
+t, so a star marks what has p < 0.05 in a paired t-test as well).
 
 scaled gives every token the mean gamma of coupled: the same size of step without a choice of tokens. AdamW divides a
 gradient by its size, so that scaled should equal uniform up to the noise of the runs: if it does, no gain of another
@@ -165,15 +165,18 @@ def measures(curve: np.ndarray) -> np.ndarray:
 
 
 def difference(one: dict[int, np.ndarray], other: dict[int, np.ndarray]) -> tuple[np.ndarray, int]:
-    """Differences of the measures in points, paired by seed: [2 measures, (mean, low, high)]; and how many seeds."""
+    """Differences of the measures in points, paired by seed, and how many seeds: [2 measures, (mean, low, high, p)].
+
+    low and high are the bootstrap's, p the paired t-test's.
+    """
     seeds = sorted(one.keys() & other.keys())
     if len(seeds) < 2:
-        return np.full((2, 3), np.nan), len(seeds)
+        return np.full((2, 4), np.nan), len(seeds)
     gaps = 100 * np.array([measures(one[s]) - measures(other[s]) for s in seeds])  # [seeds,2]
     if np.ptp(gaps, axis=0).min() == 0:
-        return np.repeat(gaps.mean(0)[:, None], 3, 1), len(seeds)
+        return np.stack([*[gaps.mean(0)] * 3, np.full(2, np.nan)], 1), len(seeds)
     ends = stats.bootstrap((gaps,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    return np.stack([gaps.mean(0), ends.low, ends.high], 1), len(seeds)
+    return np.stack([gaps.mean(0), ends.low, ends.high, stats.ttest_1samp(gaps, 0).pvalue], 1), len(seeds)
 
 
 def table(found: dict[str, dict[int, np.ndarray]]) -> str:
@@ -186,7 +189,8 @@ def table(found: dict[str, dict[int, np.ndarray]]) -> str:
         for base in ("uniform", "scaled"):
             gaps, count = difference(runs, found.get(base, {}))
             for cell, gap in zip(cells, gaps):
-                cell.append("" if arm == base or count < 2 else "{:+.1f} ({:+.1f} to {:+.1f})".format(*gap))
+                text = "{:+.1f} ({:+.1f} to {:+.1f})".format(*gap) + ("*" if gap[3] < 0.05 else "")
+                cell.append("" if arm == base or count < 2 else text)
         rows.append([arm, str(len(runs)), *cells[0], *cells[1], PAPER.get(arm, "")])
     return report.markdown(rows)
 

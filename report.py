@@ -205,7 +205,7 @@ def arms_figure(
 ) -> None:
     """Learning curves of the main arms, mean over seeds and standard error; and each arm's differences to uniform.
 
-    found has by arm and seed [evaluations, (step, success)]; gaps by arm [(last quarter, area), (mean, low, high)].
+    found has by arm and seed [evaluations, (step, success)]; gaps by arm [(last quarter, area), (mean, low, high, p)].
     """
     fig, axes = plt.subplots(1, 3 if gaps else 1, figsize=(13, 4.8) if gaps else (7, 4.6), squeeze=False)
     for arm in [a for a in found if a in main] or found:
@@ -220,7 +220,7 @@ def arms_figure(
     axes[0, 0].legend(fontsize=9)
     for measure, ax in enumerate(axes[0, 1:]):
         for y, gap in enumerate(reversed(gaps.values())):
-            mean, low, high = gap[measure]
+            mean, low, high, _ = gap[measure]
             ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color="C0")
         ax.axvline(0, color="grey", lw=0.8)
         labels = [f"{arm} ({len(found[arm])})" for arm in reversed(gaps)]

@@ -29,14 +29,14 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
     found = experiment.curves(args)
     gap, seeds = experiment.difference(found["coupled"], found["uniform"])
     assert seeds == 5 and gap[0, 0] == pytest.approx(3.0) and 2.5 < gap[0, 1] < 3 < gap[0, 2] < 3.5
-    assert experiment.difference(found["scaled"], found["uniform"])[0].tolist() == [[0, 0, 0], [0, 0, 0]]
+    assert (experiment.difference(found["scaled"], found["uniform"])[0][:, :3] == 0).all()
     args.report = True
     experiment.main(args)
     first = (tmp_path / "countdown.md").read_bytes()
     experiment.main(args)
     assert first == (tmp_path / "countdown.md").read_bytes() and (tmp_path / "countdown.png").exists()
     row = next(line for line in first.decode().splitlines() if line.startswith("| coupled"))
-    assert "+3.0 (+2.8 to +3.2)" in row and "15 runs" in capsys.readouterr().out
+    assert "+3.0 (+2.8 to +3.2)*" in row and "15 runs" in capsys.readouterr().out
 
 
 def test_every_arm_is_a_run_that_could_start_and_differs_in_gamma_alone():
