@@ -16,7 +16,7 @@ gradient by its size, so that scaled should equal uniform up to the noise of the
 arm is one of a larger step, and how far the two lie apart says what noise can do.
 
 The study (--setting study) and what it decided. The warm start succeeds 31 % of the time on three numbers up to 15
-and 22 % up to 18 (the harder problems); it never solves two or four numbers, so nothing could be learned there.
+and 20 % up to 18 (the harder problems); it never solves two or four numbers, so nothing could be learned there.
 Learning rates for uniform over 30 steps: the area under the curve is largest with 2e-4; 1e-4 is slower and 4e-4 loses
 what it gained. Uniform rises by 15 points in five steps, 24 in ten, and is flat from step 15 to 20 on, near 57 %,
 where a third of the responses are cut at 128 tokens: there the limit on length decides more than the credit. Where
