@@ -205,7 +205,6 @@ def main(args: Args) -> None:
         if not record_of(args, arm, seed).exists():  # another process may have made it meanwhile
             print(f"run {number} of {len(todo)}: {arm}, seed {seed}", flush=True)
             run(args, arm, seed)
-    runs = 0
     for setting in SETTINGS if args.report else [args.setting]:
         if found := curves(replace(args, setting=setting)):
             text, figure = table(found), Path(args.folder) / f"{setting}.png"
@@ -213,8 +212,7 @@ def main(args: Args) -> None:
             gaps = {a: difference(runs, found.get("uniform", {})) for a, runs in found.items() if a != "uniform"}
             report.arms_figure(found, {a: gap for a, (gap, n) in gaps.items() if n > 1}, list(MAIN), figure)
             print(f"{setting}: {SETTINGS[setting][0]}\n\n{text}\n\n{figure}\n")
-            runs += sum(map(len, found.values()))
-    if not runs:
+    if not (runs := len(list(Path(args.folder).glob("*/*.jsonl")))):
         sys.exit(f"error: --folder {args.folder}: no records are there; run without --report")
     print(f"{runs} runs; tables and figures: {args.folder}/")
 
