@@ -33,9 +33,9 @@ rises, credit makes the direction less noisy, not better, and with gamma 1.5 tha
 get smaller minibatches and a louder gamma: 20 steps of 64 rollouts, four updates of 16 each, gamma 4, an evaluation
 every five steps, and the learning rate with the largest area for uniform in this setting (--setting study-small).
 
-The ablations and the harder problems have round 2's batches, and for want of time 10 steps (fixed before any of these
-was run). Ablations are compared with the first 10 steps of round 2's runs: what a run does does not depend on how
-many steps are to follow.
+The ablations and the harder problems have round 2's batches, and for want of time 10 steps (fixed while round 2 ran,
+before any of these was). Ablations are compared with the first 10 steps of round 2's runs: what a run does does not
+depend on how many steps are to follow.
 """
 
 import json
