@@ -6,11 +6,11 @@
 
 What holds in every setting. Same warm start, same problems in the same order, same number of rollouts in every arm;
 only gamma differs (and random, which draws from the same generator, splits its minibatches otherwise). Held-out
-success on 512 test problems, one sample each. Main arms have five seeds, ablations
-three. Primary measure: mean held-out success over the evaluations in the last quarter of training. Second: the area
-under its curve, as a mean. Both as differences to uniform, and to scaled, paired by seed, with a 95 % bootstrap
-interval over seeds (percentile; with five seeds it is narrower than it should be, by about a third against Student's
-t, so a star marks what has p < 0.05 in a paired t-test as well).
+success on 512 test problems, one sample each. Main arms have five seeds, ablations three. Primary measure: mean
+held-out success over the evaluations in the last quarter of training. Second: the area under its curve, as a mean.
+Both as differences to uniform, and to scaled, paired by seed, with a 95 % bootstrap interval over seeds (percentile;
+with five seeds it is narrower than it should be, by about a third against Student's t, so a star marks what has p <
+0.05 in a paired t-test as well).
 
 scaled gives every token the mean gamma of coupled: the same size of step without a choice of tokens. AdamW divides a
 gradient by its size, so that scaled should equal uniform up to the noise of the runs: if it does, no gain of another
