@@ -25,6 +25,7 @@ Differences to uniform in per cent of it, paired by minibatch, 95 % bootstrap ov
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class Args:
     group: int = HfArg(default=8, help="G, responses to each problem.")
     minibatch: int = HfArg(default=8, help="Problems in a minibatch.")
     max_tokens: int = HfArg(default=128, help="Longest response.")
-    engine: str = HfArg(default="vllm", help="The sampler: vllm or torch.")
+    engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
     seed: int = HfArg(default=0, help="Seed of problems and sampling.")
     out: str = HfArg(default="alignment.md", help="File for the table.")
 
@@ -87,6 +88,10 @@ def speeds(gradients: Tensor, target: Tensor, draws: Tensor) -> np.ndarray:
 def main(args: Args) -> None:
     if unknown := set(args.arms) - {*experiment.MAIN, *experiment.ABLATIONS}:
         sys.exit(f"error: --arms {', '.join(sorted(unknown))}: not of {'; '.join(experiment.ARMS)}")
+    if args.group < 2 or args.minibatch < 1:
+        sys.exit(f"error: --group {args.group} --minibatch {args.minibatch}: two responses and one problem at least")
+    if not Path(args.out).absolute().parent.is_dir():
+        sys.exit(f"error: --out {args.out}: no such folder")
     if args.problems % (2 * args.minibatch) or args.problems < 4 * args.minibatch:
         sys.exit(f"error: --problems {args.problems}: must be a multiple of {2 * args.minibatch}, twice that or more")
     try:

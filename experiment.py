@@ -40,7 +40,6 @@ depend on how many steps are to follow.
 """
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -137,8 +136,7 @@ def run(args: Args, arm: str, seed: int) -> None:
         records = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
         kept = [{k: round(r[k], 6) for k in KEPT if k in r} for r in records]
         path.parent.mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "records").write_text("".join(json.dumps(r) + "\n" for r in kept))
-        shutil.copy(Path(folder) / "records", path.with_suffix(".new"))
+        path.with_suffix(".new").write_text("".join(json.dumps(r) + "\n" for r in kept))
         path.with_suffix(".new").replace(path)
 
 

@@ -61,7 +61,15 @@ def test_the_command_shows_scaled_to_be_uniform(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name, value, says", [("arms", ["anchor"], "anchor"), ("problems", 20, "20"), ("task", "poker", "poker")]
+    "name, value, says",
+    [
+        ("arms", ["anchor"], "anchor"),
+        ("problems", 20, "20"),
+        ("task", "poker", "poker"),
+        ("group", 1, "--group 1"),
+        ("minibatch", 0, "--minibatch 0"),
+        ("out", "no/where.md", "no such folder"),
+    ],
 )
 def test_bad_arguments_are_one_line(name, value, says):
     with pytest.raises(SystemExit, match=f"error:.*{says}"):
