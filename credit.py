@@ -1,7 +1,8 @@
-"""gamma_t: how much of a response's advantage each token gets. Three rhythm strategies, three controls (Eq. 14-19).
+"""gamma_t: how much of a response's advantage each token gets (Eq. 14-19). Three rhythm credits, four controls.
 
 All take [B,N] tensors with mask [B,N] bool marking the response tokens, work on each response alone, and return gamma
-[B,N] float32, which is 1 outside the mask. q is the share of tokens to credit, amp the factor gamma_amp.
+[B,N] float32, which is 1 outside the mask. q is the share of tokens to credit, amp the factor gamma_amp. Only torch is
+needed. assign_credit() at the end chooses a credit by its name.
 
 Not given by the paper, and our readings: alpha = 0.5; k = 3; tau_waad, the median WAAD of the response; tau_delta, the
 smallest Delta in T_loc, so that "a recent peak" means a member of T_loc; intro(t), the token of largest Delta among the
@@ -115,6 +116,8 @@ def uniform(mask: Tensor) -> Tensor:
 def scaled(gamma: Tensor, mask: Tensor) -> Tensor:
     """Control: the mean of gamma for every response token, the same size of step without a choice of tokens.
 
+    The mean is over all tokens of the mask together, so the mask must leave out responses that have no gamma.
+
     >>> scaled(torch.tensor([[1.0, 1.5, 1.0]]), torch.tensor([[False, True, True]]))
     tensor([[1.0000, 1.2500, 1.2500]])
     """
@@ -130,3 +133,43 @@ def on_produced(gamma: Tensor, mask: Tensor) -> Tensor:
     shifted = torch.ones_like(gamma)
     shifted[:, 1:] = torch.where(mask[:, 1:] & mask[:, :-1], gamma[:, :-1], 1.0)
     return shifted
+
+
+CREDITS = ("coupled", "local", "global", "entropy", "random", "uniform", "scaled")
+NEED_ATTENTION = ("coupled", "local", "global", "scaled")  # the credits that WAAD and FAI are needed for
+
+
+def assign_credit(
+    name: str,
+    signals,
+    mask: Tensor,
+    q: float = 0.4,
+    amp: float = 1.5,
+    alpha: float = 0.5,
+    k: int = 3,
+    lowest: bool = False,
+    produced: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The credit of this name, one of CREDITS. Returns gamma [B,N].
+
+    signals has .waad, .fai and .entropy, [B,N] each (metrics.Signals); a credit that needs none of them ignores it.
+    alpha and k are coupled's, generator is random's, produced asks for on_produced. ValueError for another name.
+    """
+    match name:
+        case "coupled" | "scaled":
+            gamma = coupled_rhythm(signals.waad, signals.fai, mask, q, amp, alpha, k, lowest)
+            gamma = scaled(gamma, mask) if name == "scaled" else gamma
+        case "local":
+            gamma = local_chunk(signals.waad, mask, q, amp, lowest)
+        case "global":
+            gamma = global_anchor(signals.fai, mask, q, amp, lowest)
+        case "entropy":
+            gamma = high_entropy(signals.entropy, mask, q, amp, lowest)
+        case "random":
+            gamma = random_tokens(mask, q, amp, generator)
+        case "uniform":
+            gamma = uniform(mask)
+        case _:
+            raise ValueError(f"unknown credit {name!r}: choose one of {', '.join(CREDITS)}")
+    return on_produced(gamma, mask) if produced else gamma

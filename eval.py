@@ -1,7 +1,7 @@
 """Success on held-out problems: greedy pass@1, sampled avg@k and pass@j, by the trainer's own sampler and verifier.
 
-python eval.py --model runs/countdown-tiny-coupled-1/checkpoint-40 --task countdown-tiny
-python eval.py --model A B --task countdown-tiny aime24 --k 16 --out results.json
+python eval.py --model runs/countdown-tiny-coupled-1/checkpoint-40
+python eval.py --model A B --task aime24 math500 --samples 16 --out results.json
 """
 
 import json
@@ -14,11 +14,19 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
 import tasks
-from rollout import chat_prompts, encode, load_tokenizer, start_actor
+from node.output import markdown, write_whole
+from rollout import EMBEDDED, chat_prompts, encode, fill_defaults, load_tokenizer, start_actor
+
+DEFAULTS = {  # of arguments that are not given: for the embedded model and what is trained from it; for any other model
+    "task": (["countdown-tiny"], ["countdown4"]),
+    "max_tokens": (128, 1024),
+    "max_model_len": (512, 2048),
+    "kv_cache_gib": (0.5, 8.0),
+}
 
 
 @dataclass
@@ -26,19 +34,27 @@ class Args:
     """Evaluate checkpoints on benchmarks: greedy pass@1, sampled avg@k and pass@j, with 95 % intervals."""
 
     model: list[str] = HfArg(
-        default_factory=lambda: ["assets/tiny"], help="Folders or hub names of transformers checkpoints."
+        default_factory=lambda: [EMBEDDED], help="Folders or hub names of transformers checkpoints."
     )
-    task: list[str] = HfArg(
-        default_factory=lambda: ["countdown-tiny"], help=f"One or several of: {', '.join(tasks.TASKS)}."
+    task: list[str] | None = HfArg(
+        default=None,
+        help=f"One or several of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the embedded model, countdown4 "
+        "for any other).",
     )
     data: str | None = HfArg(default=None, help="File with the problems of the task (of one task only).")
     problems: int | None = HfArg(default=None, help="Held-out problems (default: each task's own number).")
-    k: int | None = HfArg(default=None, help="Sampled responses to each problem (default: each task's own number).")
+    samples: int | None = HfArg(
+        default=None, help="Sampled responses to each problem (default: each task's own number)."
+    )
     temperature: float = HfArg(default=1.0, help="Of the sampled responses.")
     chat: bool = HfArg(default=False, help="Put each prompt into the model's chat template (default: plain text).")
-    max_tokens: int = HfArg(default=128, help="Longest response.")
-    context: int = HfArg(default=512, help="Longest prompt and response together.")
-    kv_cache_gib: float = HfArg(default=0.5, help="vLLM's cache: it must hold one sequence of --context at least.")
+    max_tokens: int | None = HfArg(default=None, help="Longest response (default: 128 for the embedded model, 1024).")
+    max_model_len: int | None = HfArg(
+        default=None, help="Longest prompt and response together (default: 512 for the embedded model, 2048)."
+    )
+    kv_cache_gib: float | None = HfArg(
+        default=None, help="vLLM's cache; it must hold one sequence (default: 0.5 for the embedded model, 8)."
+    )
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler.")
     seed: int = HfArg(default=0, help="Seed of the problems and the sampling.")
     out: str | None = HfArg(
@@ -121,12 +137,12 @@ def percent(score: dict[str, float]) -> str:
 
 def table(results: list[dict]) -> str:
     """Markdown, in per cent: checkpoints down, benchmarks across, each with greedy pass@1 and avg@k."""
-    columns = {(r["task"], name): None for r in results for name in ("greedy pass@1", f"avg@{r['k']}")}
-    lines = [["model", *(f"{task} {name}" for task, name in columns)], ["---"] * (1 + len(columns))]
+    columns = dict.fromkeys((r["task"], name) for r in results for name in ("greedy pass@1", f"avg@{r['k']}"))
+    rows = [["model", *(f"{task} {name}" for task, name in columns)]]
     for model in dict.fromkeys(r["model"] for r in results):
         scores = {(r["task"], name): s for r in results if r["model"] == model for name, s in r["scores"].items()}
-        lines.append([model, *(percent(scores[c]) if c in scores else "" for c in columns)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        rows.append([model, *(percent(scores[c]) if c in scores else "" for c in columns)])
+    return markdown(rows) + "\n"
 
 
 def line(result: dict) -> str:
@@ -138,7 +154,7 @@ def line(result: dict) -> str:
 
 def plan(args: Args) -> list[tuple[dict, list[tasks.Problem]]]:
     """What to do: (settings, problems) of each checkpoint and benchmark. ValueError or OSError for what cannot work."""
-    for name in ("k", "max_tokens"):
+    for name in ("samples", "max_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be 1 or more")
     if not args.kv_cache_gib > 0:
@@ -153,14 +169,14 @@ def plan(args: Args) -> list[tuple[dict, list[tasks.Problem]]]:
             raise ValueError(f"--problems {len(found)} of {task}: an interval needs 2 or more")
     steps = []
     for model in dict.fromkeys(args.model):
-        tokenizer = load_tokenizer(model, args.context)
+        tokenizer = load_tokenizer(model, args.max_model_len)
         for task, found in problems.items():
             prompts = [p.prompt for p in found]
             prompts = chat_prompts(tokenizer, prompts) if args.chat else prompts
-            encode(tokenizer, prompts, args.max_tokens, args.context)
-            how = {x: getattr(args, x) for x in ("temperature", "max_tokens", "seed", "chat", "data")}
-            k = args.k or tasks.samples(task)
-            steps.append(({"model": model, "task": task, "problems": len(found), "k": k, **how}, found))
+            encode(tokenizer, prompts, args.max_tokens, args.max_model_len)
+            given = {x: getattr(args, x) for x in ("temperature", "max_tokens", "seed", "chat", "data")}
+            k = args.samples or tasks.samples(task)
+            steps.append(({"model": model, "task": task, "problems": len(found), "k": k, **given}, found))
     return steps
 
 
@@ -178,11 +194,9 @@ def read(out: Path) -> list[dict]:
 
 
 def write(out: Path, args: Args, results: list[dict]) -> None:
-    """The whole file under another name, then in place of the old one: whoever stops us, one of the two is whole."""
+    """All results so far."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.with_suffix(".json.new")
-    new.write_text(json.dumps({"args": asdict(args), "results": results}, indent=1))
-    new.replace(out)
+    write_whole(out, json.dumps({"args": asdict(args), "results": results}, indent=1))
 
 
 def find(results: list[dict], settings: dict) -> dict | None:
@@ -192,6 +206,8 @@ def find(results: list[dict], settings: dict) -> dict | None:
 
 def main(args: Args) -> None:
     try:
+        args, note = fill_defaults(args, DEFAULTS, *args.model)
+        print(note)
         steps = plan(args)
         out = Path(args.out) if args.out else None
         results = read(out) if out else []
@@ -208,24 +224,24 @@ def main(args: Args) -> None:
         if not todo:
             continue
         try:
-            actor = start_actor(args.engine, model, args.context, args.seed, args.kv_cache_gib)
+            actor = start_actor(args.engine, model, args.max_model_len, args.seed, args.kv_cache_gib)
         except (ValueError, OSError) as e:
             sys.exit(f"error: {e}")
         with closing(actor):
             for settings, problems in todo:
-                torch.manual_seed(args.seed)  # here, so that no score depends on what was done before it
-                how = (settings["k"], args.max_tokens, args.temperature, args.chat)
-                results.append(settings | measure(actor, problems, *how))
+                set_seed(args.seed)  # here, so that no score depends on what was done before it
+                found = measure(actor, problems, settings["k"], args.max_tokens, args.temperature, args.chat)
+                results.append(settings | found)
                 if out:
                     write(out, args, results)
                 print(line(results[-1]), flush=True)
 
-    asked = [find(results, settings) for settings, _ in steps]
-    print("\n" + table(asked))
+    wanted = [find(results, settings) for settings, _ in steps]
+    print("\n" + table(wanted))
     if out:
-        out.with_suffix(".md").write_text(table(asked))
+        out.with_suffix(".md").write_text(table(wanted))
     where = f"{out}, with every response; {out.with_suffix('.md')}" if out else "not kept (--out FILE.json keeps them)"
-    print(f"{len(asked)} results in per cent, with 95 % intervals over problems: {where}")
+    print(f"{len(wanted)} results in per cent, with 95 % intervals over problems: {where}")
 
 
 if __name__ == "__main__":

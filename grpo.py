@@ -5,11 +5,10 @@ entropy bonus, as in the paper. Only torch is needed.
 """
 
 import math
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -80,35 +79,51 @@ def token_logprobs(model, input_ids: Tensor, mask: Tensor, entropy: bool = False
     where causal attention never looks. Logits are made only where the mask is, and never all at once: the output head
     runs chunk by chunk, in the backward pass again. Returns ([B,N], [B,N] or None), 0 outside the mask. Temperature 1.
     """
-    sharded = isinstance(model, FSDPModule)  # its weights are there only within its own methods: see parallel.shard
-    return (model.local_logprobs if sharded else partial(local_logprobs, model))(input_ids, mask, entropy)
-
-
-def local_logprobs(model, input_ids: Tensor, mask: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """What token_logprobs does, where the model's weights are at hand."""
     if mask[:, 0].any():
         raise ValueError("mask marks token 0, which nothing comes before: every response needs a prompt")
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]  # [B,N-1,d]
-    hidden, ids = hidden[mask[:, 1:]], input_ids[mask]  # [tokens,d], [tokens]: the state that produced each token
-    head = model.get_output_embeddings()
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma's
+    inner = getattr(model, "module", model)  # DDP's own model
+    softcap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)  # Gemma's
 
-    def chunk(h: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(h).float()
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        logp = logits.log_softmax(-1)
-        chosen = logp.gather(1, i[:, None])[:, 0]
-        return chosen, -(logp.exp() * logp).sum(-1) if entropy else chosen.detach()
+    def forward() -> tuple[Tensor, Tensor | None]:
+        hidden = inner.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]  # [B,N-1,d]
+        states, ids = hidden[mask[:, 1:]], input_ids[mask]  # [tokens,d], [tokens]: the state that produced each token
+        head = inner.get_output_embeddings()
 
-    size = max(1, CHUNK // head.weight.shape[0])
-    if len(ids) > size:
-        parts = [checkpoint(chunk, h, i, use_reentrant=False) for h, i in zip(hidden.split(size), ids.split(size))]
-        chosen, uncertainty = (torch.cat(x) for x in zip(*parts))
-    else:
-        chosen, uncertainty = chunk(hidden, ids)
-    zero = torch.zeros(mask.shape, device=mask.device)
-    return zero.masked_scatter(mask, chosen), zero.masked_scatter(mask, uncertainty) if entropy else None
+        def chunk(h: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+            logits = head(h).float()
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            logp = logits.log_softmax(-1)
+            chosen = logp.gather(1, i[:, None])[:, 0]
+            return chosen, -(logp.exp() * logp).sum(-1) if entropy else chosen.detach()
+
+        size = max(1, CHUNK // head.weight.shape[0])
+        if len(ids) > size:
+            parts = [checkpoint(chunk, h, i, use_reentrant=False) for h, i in zip(states.split(size), ids.split(size))]
+            chosen, uncertainty = (torch.cat(x) for x in zip(*parts))
+        else:
+            chosen, uncertainty = chunk(states, ids)
+        zero = torch.zeros(mask.shape, device=mask.device)
+        return zero.masked_scatter(mask, chosen), zero.masked_scatter(mask, uncertainty) if entropy else None
+
+    return _in_place_of_forward(model, inner, forward)
+
+
+def _in_place_of_forward(model, inner, forward: Callable):
+    """forward(), called as the inner model's own forward pass.
+
+    So whoever has wrapped the model does what it does around a pass: FSDP2 gathers the weights before it, and both
+    FSDP2 and DDP reduce the gradients after it.
+    """
+    own = inner.__dict__.get("forward")  # None unless somebody has replaced the class's, as accelerate does
+    inner.forward = forward
+    try:
+        return model()
+    finally:
+        if own is None:
+            del inner.forward
+        else:
+            inner.forward = own
 
 
 def check_head(model) -> None:
@@ -140,6 +155,19 @@ def micro_batches(mask: Tensor, rows: Tensor, tokens: int) -> list[tuple[Tensor,
     return [(torch.tensor(group, device=mask.device), n) for group, n in groups]
 
 
+def share_of_passes(passes: list, rank: int, world: int) -> list[tuple]:
+    """A rank's passes, each with whether its result counts. Of no passes, none.
+
+    The ranks of a sharded model must make equally many. Where the passes do not divide by the ranks, some ranks make
+    one that another rank has made as well, and that one does not count.
+
+    >>> share_of_passes(["a", "b", "c"], rank=0, world=2), share_of_passes(["a", "b", "c"], rank=1, world=2)
+    ([('a', True), ('c', True)], [('b', True), ('a', False)])
+    """
+    turns = math.ceil(len(passes) / world)
+    return [(passes[i % len(passes)], i < len(passes)) for i in range(rank, turns * world, world)]
+
+
 def update(
     model,
     optimizer,
@@ -163,16 +191,15 @@ def update(
     """
     losses, norms, skipped = [], [], 0
     for minibatch in minibatches:
-        loss, matters = 0.0, (advantages[minibatch] * mask[minibatch]).any(1)
-        passes = micro_batches(mask, minibatch[matters], micro_tokens)
-        for i in range(rank, -(-len(passes) // world) * world, world):
-            rows, n = passes[i % len(passes)]
-            now = mask[rows, :n]
-            logprobs, _ = token_logprobs(model, input_ids[rows, :n], now)
+        loss, teaches = 0.0, (advantages[minibatch] * mask[minibatch]).any(1)
+        passes = micro_batches(mask, minibatch[teaches], micro_tokens)
+        for (rows, n), counts in share_of_passes(passes, rank, world):
+            response = mask[rows, :n]
+            logprobs, _ = token_logprobs(model, input_ids[rows, :n], response)
             part = clipped_loss(
-                logprobs, old_logprobs[rows, :n], advantages[rows, :n], now, epsilon, epsilon_high, len(minibatch)
+                logprobs, old_logprobs[rows, :n], advantages[rows, :n], response, epsilon, epsilon_high, len(minibatch)
             )
-            part = part if i < len(passes) else part * 0  # a rank without a pass keeps the others company
+            part = part * counts
             (part * world).backward()
             loss += part.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,7 +1,7 @@
 """Which heads look near and which look far, and how a model's queries and keys are recorded (Eq. 7-8).
 
-Copy this file, grpo.py and metrics.py to get the paper's signals from any transformers model whose layers go through
-the library's attention interface: Qwen, Llama, Mistral, Gemma, ... (grouped-query heads and sliding windows included).
+Works with any transformers model whose layers go through the library's attention interface: Qwen, Llama, Mistral,
+Gemma, ... Grouped-query heads and sliding windows are included. To copy: heads.py, metrics.py, credit.py, grpo.py.
 """
 
 from collections.abc import Iterator
@@ -16,19 +16,22 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 
 class Heads(NamedTuple):
-    """A head split: layer numbers, then [layers, H] spans (tokens) and the two groups of heads as bool masks."""
+    """A head split: the sampled layers' numbers; [layers,H] spans in tokens; the two groups of heads as bool masks."""
 
     layers: list[int]
     spans: Tensor
-    local: Tensor
-    far: Tensor
+    is_local: Tensor  # H_loc, the heads that look near
+    is_global: Tensor  # H_glob, the heads that look far
 
 
 class Recorded(NamedTuple):
-    """One layer's attention without its map: A[b,h,t,s] = exp(q_t k_s scale - lse_t) where row t sees key s, else 0."""
+    """One layer's attention without its map.
 
-    q: Tensor  # [B,H,N,D], after rotary embedding
-    k: Tensor  # [B,H_kv,N,D]; query head h uses key head h // (H / H_kv)
+    A[b,h,t,s] = exp(query_t . key_s * scale - lse_t) where row t sees key s, else 0.
+    """
+
+    query: Tensor  # [B,H,N,D], after rotary embedding
+    key: Tensor  # [B,H_kv,N,D]; query head h uses key head h // (H / H_kv)
     scale: float
     lse: Tensor  # [B,H,N] float32, the log-sum-exp of row t's scores
     visible: Tensor | None  # [B or 1,1,N,N] bool for sliding-window layers; None is plain causal
@@ -82,55 +85,61 @@ def split_heads(spans: Tensor, quantile: float = 0.3) -> tuple[Tensor, Tensor]:
     if not 0 < quantile <= 0.5:
         raise ValueError(f"quantile {quantile}: the two groups are disjoint, so it lies in (0, 0.5]")
     if spans.numel() < 2:
-        raise ValueError(f"{spans.numel()} sampled head: a split into local and far needs two")
+        raise ValueError(f"{spans.numel()} sampled head: a split into local and global needs two")
     size = max(1, int(quantile * spans.numel() + 1e-6))  # 1e-6: 0.3 * 10 must not floor to 2
     order = spans.flatten().argsort(stable=True)
-    local, far = torch.zeros(2, spans.numel(), dtype=torch.bool, device=spans.device)
-    local[order[:size]] = True
-    far[order[-size:]] = True
-    return local.view_as(spans), far.view_as(spans)
+    is_local, is_global = torch.zeros(2, spans.numel(), dtype=torch.bool, device=spans.device)
+    is_local[order[:size]] = True
+    is_global[order[-size:]] = True
+    return is_local.view_as(spans), is_global.view_as(spans)
 
 
 def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Torch's fused attention, with the log-sum-exp that scaled_dot_product_attention computes but does not return.
 
-    q [B,H,N,D], k and v [B,H_kv,N,D], visible as in Recorded. Returns ([B,H,N,D], [B,H,N] float32). Memory is linear in
-    N but for `visible`, which transformers makes for sliding-window layers, and its copy. CUDA branches: not run yet.
+    query [B,H,N,D], key and value [B,H_kv,N,D], visible as in Recorded. Returns ([B,H,N,D], [B,H,N] float32). Memory is
+    linear in N but for `visible`, which transformers makes for sliding-window layers, and its copy. The CUDA branches
+    have not been run.
     """
-    bias = None
-    if visible is not None:  # rows of a multiple of 8, as CUDA's kernel wants them
-        width = -(-visible.shape[-1] // 8) * 8
-        bias = q.new_zeros(*visible.shape[:-1], width)[..., : visible.shape[-1]].masked_fill_(~visible, -torch.inf)
-    causal = visible is None
-    if q.device.type == "cpu":
+    causal, bias = visible is None, None
+    if not causal:  # rows of a multiple of 8, as CUDA's kernel wants them
+        n = visible.shape[-1]
+        padded = query.new_zeros(*visible.shape[:-1], -(-n // 8) * 8)
+        bias = padded[..., :n].masked_fill_(~visible, -torch.inf)
+    if query.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+            query, key, value, 0.0, causal, attn_mask=bias, scale=scale
         )
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # the CUDA kernels know no grouped heads
-    if causal and q.dtype in (torch.float16, torch.bfloat16):
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[:2]
-    bias = bias if bias is None else bias.expand(*q.shape[:3], k.shape[2])
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scale)
-    return out, lse[..., : q.shape[2]]  # that kernel pads the rows to a multiple of 32
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)  # CUDA's know no grouped heads
+    if causal and query.dtype in (torch.float16, torch.bfloat16):
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)[:2]
+    if not causal:
+        bias = bias.expand(*query.shape[:3], key.shape[2])
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, 0.0, causal, scale=scale
+    )
+    return out, lse[..., : query.shape[2]]  # this kernel pads the rows to a multiple of 32
 
 
 def attention_maps(layer: Recorded) -> Tensor:
-    """One layer's maps A [B,H,N,N], float32, for looking at: they take the memory that the signals do without."""
-    keys = layer.k.repeat_interleave(layer.q.shape[1] // layer.k.shape[1], 1).float()
+    """One layer's maps A [B,H,N,N], float32. For looking at: they take the memory that the signals do without."""
+    n = layer.query.shape[2]
+    key = layer.key.repeat_interleave(layer.query.shape[1] // layer.key.shape[1], 1).float()
     seen = layer.visible
     if seen is None:
-        seen = torch.ones(layer.q.shape[2], layer.q.shape[2], dtype=torch.bool, device=layer.q.device).tril()
-    scores = layer.q.float() @ keys.mT * layer.scale - layer.lse[..., None]
+        seen = torch.ones(n, n, dtype=torch.bool, device=key.device).tril()
+    scores = layer.query.float() @ key.mT * layer.scale - layer.lse[..., None]
     return scores.masked_fill(~seen, -torch.inf).exp()
 
 
-_recording: dict[int, Recorded | None] = {}  # layer: what to record; set by record(), filled by _attend
+_recording: dict[int, Recorded | None] = {}  # by layer number; record() says which layers, _attend fills them in
 
 
 def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """The attention function transformers calls once record() has chosen it: fused, and noting what it saw."""
+    """The attention function that transformers calls within record(): fused, and it keeps queries and keys."""
     plain = not any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
     if not plain or query.shape[-1] != value.shape[-1]:
         raise ValueError(
@@ -140,6 +149,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
     layer = getattr(module, "layer_idx", None)
     if layer not in _recording:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation makes these two float32
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out, lse = fused_attention(query, key, value, scale, attention_mask)
     _recording[layer] = Recorded(query, key, scale, lse, attention_mask)
@@ -147,19 +157,18 @@ def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
 
 
 AttentionInterface.register("recording", _attend)
-AttentionMaskInterface.register(
-    "recording", sdpa_mask
-)  # without it sliding-window layers would silently see everything
+AttentionMaskInterface.register("recording", sdpa_mask)  # without a mask sliding-window layers would see everything
 
 
 @contextmanager
 def record(model, layers: list[int]) -> Iterator[dict[int, Recorded]]:
-    """Within the context, a forward pass without gradient fills the dict {layer: Recorded}; then all is as before.
+    """Within the context, a forward pass without gradient fills the dict {layer: Recorded}.
 
-    Raises ValueError on leaving if the pass recorded nothing for a wanted layer (a model without such attention).
+    On leaving, the model attends as it did before. Raises ValueError then if the pass recorded nothing for a layer (a
+    model without such attention).
     """
     global _recording
-    before, recorded = model.config._attn_implementation, dict.fromkeys(layers)
+    own_attention, recorded = model.config._attn_implementation, dict.fromkeys(layers)
     try:
         model.set_attn_implementation("recording")
         _recording = recorded
@@ -171,4 +180,4 @@ def record(model, layers: list[int]) -> Iterator[dict[int, Recorded]]:
             )
     finally:
         _recording = {}
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(own_attention)

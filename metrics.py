@@ -1,15 +1,14 @@
-"""WAAD, FAI and entropy: the definitions on full maps, and the same numbers without any map (Eq. 9-10).
+"""WAAD and FAI: the definitions on full maps, and the same numbers without any map (Eq. 9-10).
 
-No map is needed because rows sum to 1 and both metrics look a bounded distance back. With the log-sum-exp Z_t of row t,
-which fused attention computes anyway, A[t,s] = exp(q_t . k_s * scale - Z_t) can be had for just the band of pairs that
-count:
+A row of attention sums to 1, and both metrics look a bounded distance back. So no map is needed. With the log-sum-exp
+Z_t of row t, which fused attention computes anyway, A[t,s] = exp(q_t . k_s * scale - Z_t) is computed for the pairs
+that count and for no others, a band along the diagonal:
 
     WAAD_t = sum_s A[t,s] min(t-s, W)                       = W - sum_{t-s<W} (W - (t-s)) A[t,s]
     FAI_s  = mean of A[t,s] over t in R, H_lo <= t-s <= H_hi  sums the band's columns
     span   = mean over t in R of sum_s A[t,s] (t-s)         = t - (what the head outputs when its values are positions)
 """
 
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,16 +18,17 @@ from torch import Tensor
 from grpo import token_logprobs
 from heads import Heads, Recorded, fused_attention, middle_layers, record, split_heads
 
+ChosenHeads = list[tuple[Recorded, Tensor]]  # recorded layers, each with the heads to look at, [H] bool
+
 
 class Signals(NamedTuple):
-    """What one forward pass tells of each response token: [B,N] float32, 0 outside the mask; and the heads used."""
+    """What one forward pass says about each response token: [B,N] float32, 0 outside the mask."""
 
     logprobs: Tensor
     entropy: Tensor
     waad: Tensor
     fai: Tensor
-    heads: Heads
-    seconds: float  # of the pass, what WAAD, FAI and a measured split took
+    heads: Heads  # the split that WAAD and FAI were taken with
 
 
 def waad(local_map: Tensor, mask: Tensor, window: int = 10) -> Tensor:
@@ -47,8 +47,8 @@ def waad(local_map: Tensor, mask: Tensor, window: int = 10) -> Tensor:
 def fai(global_map: Tensor, mask: Tensor, horizon: tuple[int, int | None] = (10, 100)) -> Tensor:
     """Eq. 10, the definition: future attention influence, the mean attention a token gets from later response tokens.
 
-    global_map [B,N,N], the mean map of the far heads; mask [B,N]; token s is looked at from s+lo to s+hi, or to the end
-    of the response when hi is None. Returns [B,N]; 0 for tokens that nothing looks at, the last lo ones.
+    global_map [B,N,N], the mean map of the global heads; mask [B,N]; token s is looked at from s+lo to s+hi, or to the
+    end of the response when hi is None. Returns [B,N]; 0 for tokens that nothing looks at, the last lo ones.
 
     >>> fai(torch.tensor([[[1.0, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5]]]), torch.tensor([[False, True, True]]), (1, 9))
     tensor([[0.0000, 0.3000, 0.0000]])
@@ -68,34 +68,25 @@ def observe(
     heads: Heads | None = None,
     window: int = 10,
     horizon: tuple[int, int | None] = (10, 100),
-    layers: list[int] | None = None,
-    quantile: float = 0.3,
 ) -> Signals:
     """One forward pass without gradient: pi_old log-probs, entropy, WAAD and FAI. No map is ever made.
 
     input_ids [B,N] right-padded, mask [B,N] bool, the response tokens. heads is the split to use; None measures it on
-    this batch, in `layers` (default: five of the middle third) with groups of `quantile`. Raises ValueError for models
-    whose attention cannot be recorded.
+    this batch, in five layers of the middle third. Raises ValueError for models whose attention cannot be recorded.
     """
-    layers = heads.layers if heads else layers or middle_layers(model.config.get_text_config().num_hidden_layers)
+    layers = heads.layers if heads else middle_layers(model.config.get_text_config().num_hidden_layers)
     with torch.no_grad():
         with record(model, layers) as recorded:
             logprobs, entropy = token_logprobs(model, input_ids, mask, entropy=True)
-        start = _now(mask)
         if heads is None:
             spans = torch.stack([streamed_spans(recorded[layer], mask) for layer in layers])
-            heads = Heads(layers, spans, *split_heads(spans, quantile))
-        local = [(recorded[layer], group) for layer, group in zip(layers, heads.local)]
-        far = [(recorded[layer], group) for layer, group in zip(layers, heads.far)]
-        waad, fai = streamed_waad(local, mask, window), streamed_fai(far, mask, horizon)
-        return Signals(logprobs, entropy, waad, fai, heads, _now(mask) - start)
-
-
-def _now(x: Tensor) -> float:
-    """Seconds, once the device has done what was asked of it."""
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter()
+            heads = Heads(layers, spans, *split_heads(spans))
+        local_heads = [(recorded[layer], chosen) for layer, chosen in zip(layers, heads.is_local)]
+        global_heads = [(recorded[layer], chosen) for layer, chosen in zip(layers, heads.is_global)]
+        # Eq. 8 takes the mean of the maps. WAAD and FAI are linear in the map, so theirs is the same.
+        mean_waad = streamed_waad(local_heads, mask, window).mean(1)
+        mean_fai = streamed_fai(global_heads, mask, horizon).mean(1)
+    return Signals(logprobs, entropy, mean_waad, mean_fai, heads)
 
 
 def measure_spans(model, input_ids: Tensor, mask: Tensor, layers: list[int]) -> Tensor:
@@ -108,96 +99,102 @@ def measure_spans(model, input_ids: Tensor, mask: Tensor, layers: list[int]) -> 
 def streamed_spans(layer: Recorded, mask: Tensor) -> Tensor:
     """Eq. 7 by one more fused attention call, whose values are positions. Returns [H] float32.
 
-    sum_s A[t,s] (t-s) = t sum_s A[t,s] - sum_s A[t,s] s, both sums from one call, so that what rounding takes from the
-    row's weights it takes from both. Positions go in as two columns, s // 256 and s % 256: averages of small numbers
-    keep the digits that a difference of large ones would lose. Queries and keys go in as float32, or the averages would
-    come out in the model's bf16, with eight bits.
+    sum_s A[t,s] (t-s) = t sum_s A[t,s] - sum_s A[t,s] s. Both sums come from the same call, so what rounding takes from
+    the row's weights it takes from both. Positions go in as two columns, s // 256 and s % 256: averages of small
+    numbers keep the digits that a difference of large ones would lose. Queries and keys go in as float32, or the
+    averages would come out in the model's bf16, with eight bits.
     """
     s = torch.arange(mask.shape[1], device=mask.device)
     columns = torch.stack([torch.ones_like(s), s % 256, s // 256], -1).float()  # [N,3]
-    k = layer.k.float()
-    values = torch.nn.functional.pad(columns, (0, k.shape[-1] - 3)).expand_as(k)
-    out, _ = fused_attention(layer.q.float(), k, values, layer.scale, layer.visible)
+    key = layer.key.float()
+    values = torch.nn.functional.pad(columns, (0, key.shape[-1] - 3)).expand_as(key)
+    out, _ = fused_attention(layer.query.float(), key, values, layer.scale, layer.visible)
     weight, fine, coarse = out[..., :3].unbind(-1)  # [B,H,N] each
-    spans = (weight * (s % 256) - fine) + 256 * (weight * (s // 256) - coarse)
-    return (spans.double() * mask[:, None]).sum((0, 2)).float() / mask.sum()
+    distance = (weight * (s % 256) - fine) + 256 * (weight * (s // 256) - coarse)
+    return (distance.double() * mask[:, None]).sum((0, 2)).float() / mask.sum()
 
 
-def streamed_waad(layers: list[tuple[Recorded, Tensor]], mask: Tensor, window: int = 10) -> Tensor:
-    """Eq. 9 from the band t-s < window of the chosen heads, [(layer, [H] bool), ...]. Returns [B,N]."""
-    near = torch.zeros(mask.shape, device=mask.device)
-    for rows, _, back, attention in _band_blocks(layers, mask, window - 1):
-        near[:, rows] += (attention * (window - back).clamp(0, window)).sum(-1)
-    return torch.where(mask, window - near, 0.0)
+def streamed_waad(heads: ChosenHeads, mask: Tensor, window: int = 10) -> Tensor:
+    """Eq. 9 of each chosen head, from the band t-s < window. Returns [B,heads,N]."""
+    near = torch.zeros(len(mask), _count(heads), mask.shape[1], device=mask.device)
+    for which, rows, _, back, attention in _band_blocks(heads, mask, reach=window - 1):
+        near[:, which, rows] = (attention * (window - back).clamp(0, window)).sum(-1)
+    return torch.where(mask[:, None], window - near, 0.0)
 
 
-def streamed_fai(
-    layers: list[tuple[Recorded, Tensor]], mask: Tensor, horizon: tuple[int, int | None] = (10, 100)
-) -> Tensor:
-    """Eq. 10 from the band of the chosen heads, [(layer, [H] bool), ...]. Returns [B,N].
+def streamed_fai(heads: ChosenHeads, mask: Tensor, horizon: tuple[int, int | None] = (10, 100)) -> Tensor:
+    """Eq. 10 of each chosen head: column sums of the band or, where the horizon has no end, of all rows less the band.
 
-    To the end of the response (hi None), the band is t-s < lo instead, and is taken from the sum of the whole column.
+    Returns [B,heads,N].
     """
     low, high = horizon
-    received, looks = torch.zeros(2, *mask.shape, device=mask.device)
-    for rows, columns, back, attention in _band_blocks(layers, mask, max(low - 1, 0) if high is None else high):
-        inside = (back >= 0) & (back < low) if high is None else (back >= low) & (back <= high)
-        inside = inside & mask[:, rows, None]  # [B,rows,columns]
-        received[:, columns] += (attention * inside).sum(1)
-        looks[:, columns] += inside.sum(1)
-    if high is None:
-        received = _column_sums(layers, mask) - received
-        looks = mask.flip(1).cumsum(1).flip(1) - looks  # response rows from s on, less those too near
-    return torch.where(mask & (looks > 0), received.clamp(min=0) / looks.clamp(min=1), 0.0)
+    nearest, farthest = (0, low - 1) if high is None else (low, high)  # of the band, in tokens back
+    band = torch.zeros(len(mask), _count(heads), mask.shape[1], device=mask.device)
+    for which, rows, columns, back, attention in _band_blocks(heads, mask, reach=farthest):
+        looks = (back >= nearest) & (back <= farthest) & mask[:, rows, None]  # [B,rows,columns]
+        band[:, which, columns] += (attention * looks[:, None]).sum(2)
+    received = _column_sums(heads, mask) - band if high is None else band
+
+    n = mask.shape[1]
+    s = torch.arange(n, device=mask.device)
+    rows_before = torch.nn.functional.pad(mask.cumsum(1), (1, 0))  # [B,N+1], response rows before each place
+    last = (s + (n if high is None else high)).clamp(max=n - 1)
+    looking = rows_before[:, last + 1] - rows_before[:, (s + low).clamp(max=n)]  # [B,N], rows of T(s)
+    mean = received.clamp(min=0) / looking.clamp(min=1)[:, None]
+    return torch.where((mask & (looking > 0))[:, None], mean, 0.0)
 
 
-def _column_sums(layers: list[tuple[Recorded, Tensor]], mask: Tensor) -> Tensor:
-    """What each token receives from all response rows in the mean map of the chosen heads, [B,N].
+def _column_sums(heads: ChosenHeads, mask: Tensor) -> Tensor:
+    """What each token receives from all response rows, in each chosen head. [B,heads,N]
 
     The output is A V, so the gradient of the response rows' outputs with respect to V is the column sums of A: one
     fused backward pass, in linear memory.
     """
-    total, count = torch.zeros(mask.shape, device=mask.device), 0
-    for layer, group in layers:
-        if not group.any():  # the fused kernel dies of an empty batch
+    sums = []
+    for layer, chosen in heads:
+        if not chosen.any():  # the fused kernel dies of an empty batch
             continue
-        q, k = _chosen(layer, group)
+        query, key = (x.float() for x in _of_heads(layer, chosen.nonzero()[:, 0]))
         with torch.enable_grad():
-            v = torch.zeros_like(k, requires_grad=True)
-            out, _ = fused_attention(q, k, v, layer.scale, layer.visible)
+            value = torch.zeros_like(key, requires_grad=True)
+            out, _ = fused_attention(query, key, value, layer.scale, layer.visible)
             upstream = torch.zeros_like(out)
             upstream[..., 0] = mask[:, None]
-            (gradient,) = torch.autograd.grad(out, v, upstream)
-        total, count = total + gradient[..., 0].sum(1), count + q.shape[1]
-    return total / count
+            (gradient,) = torch.autograd.grad(out, value, upstream)
+        sums.append(gradient[..., 0])
+    return torch.cat(sums, 1)
 
 
-def _chosen(layer: Recorded, group: Tensor, rows=slice(None), columns=slice(None)) -> tuple[Tensor, Tensor]:
-    """Float32 queries [B,heads,rows,D] of the heads in group [H] bool, and for each its keys [B,heads,columns,D]."""
-    index = group.nonzero()[:, 0]
-    keys = index // (layer.q.shape[1] // layer.k.shape[1])
-    return layer.q[:, :, rows][:, index].float(), layer.k[:, :, columns][:, keys].float()
+def _count(heads: ChosenHeads) -> int:
+    return sum(int(chosen.sum()) for _, chosen in heads)
 
 
-def _band_blocks(
-    layers: list[tuple[Recorded, Tensor]], mask: Tensor, reach: int
-) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """The mean map of the chosen heads, as blocks of rows with the columns up to reach tokens before them.
+def _of_heads(layer: Recorded, index: Tensor, rows=slice(None), columns=slice(None)) -> tuple[Tensor, Tensor]:
+    """Queries [B,heads,rows,D] of the heads numbered index, and for each of them its keys [B,heads,columns,D]."""
+    group = layer.query.shape[1] // layer.key.shape[1]  # query heads that share a key head
+    return layer.query[:, :, rows][:, index], layer.key[:, :, columns][:, index // group]
 
-    Yields (rows, columns, t-s [rows,columns], A [B,rows,columns]) from the first response row on; A is 0 where s > t.
+
+def _band_blocks(heads: ChosenHeads, mask: Tensor, reach: int) -> Iterator[tuple[slice, slice, slice, Tensor, Tensor]]:
+    """The maps of the chosen heads as blocks of rows, each with the columns up to `reach` tokens before its rows.
+
+    Yields (which of the chosen heads, rows, columns, t-s [rows,columns], A [B,heads,rows,columns]) from the first
+    response row on. A is 0 where s > t.
     """
-    count, n = sum(int(group.sum()) for _, group in layers), mask.shape[1]
-    first = int(mask.any(0).int().argmax())
-    size = max(64, min(reach, 512))  # a block as high as its band is wide wastes half of it; 512: memory stays linear
-    layers = [(layer, group) for layer, group in layers if group.any()]
-    for top in range(first, n, size):
-        rows, columns = slice(top, min(top + size, n)), slice(max(0, top - reach), min(top + size, n))
-        t, s = (torch.arange(x.start, x.stop, device=mask.device) for x in (rows, columns))
-        back = t[:, None] - s
-        mean = torch.zeros(len(mask), *back.shape, device=mask.device)
-        for layer, group in layers:
-            q, k = _chosen(layer, group, rows, columns)  # copies of a block, never of all N
-            scores, lse = q @ k.mT, layer.lse[:, :, rows][:, group, :, None]  # [B,heads,rows,columns], [B,heads,rows,1]
+    n, first = mask.shape[1], int(mask.any(0).int().argmax())
+    height = max(64, min(reach, 512))  # a block as high as its band is wide wastes half of it; 512: linear memory
+    begin = 0
+    for layer, chosen in heads:
+        index = chosen.nonzero()[:, 0]  # waits for the GPU, so once a layer and not once a block
+        which, lse = slice(begin, begin + len(index)), layer.lse[:, index, :, None]
+        begin = which.stop
+        if not len(index):
+            continue
+        for top in range(first, n, height):
+            rows, columns = slice(top, min(top + height, n)), slice(max(0, top - reach), min(top + height, n))
+            t, s = (torch.arange(x.start, x.stop, device=mask.device) for x in (rows, columns))
+            back = t[:, None] - s
+            query, key = _of_heads(layer, index, rows, columns)  # copies of a block, never of all N
             seen = back >= 0 if layer.visible is None else layer.visible[:, :, rows, columns]
-            mean += scores.mul_(layer.scale).sub_(lse).masked_fill_(~seen, -torch.inf).exp_().sum(1)
-        yield rows, columns, back, mean / count
+            scores = (query.float() @ key.float().mT).mul_(layer.scale).sub_(lse[:, :, rows])
+            yield which, rows, columns, back, scores.masked_fill_(~seen, -torch.inf).exp_()

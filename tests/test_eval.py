@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import eval as evaluation
 import rollout
 import tasks
 
-SMALL = ["--engine", "torch", "--problems", "8", "--k", "3", "--max_tokens", "64"]
+SMALL = ["--engine", "torch", "--problems", "8", "--samples", "3", "--max_tokens", "64"]
 
 
 def run(*argv):
@@ -117,7 +118,7 @@ def test_what_is_done_is_kept_and_not_done_again(other, tmp_path, monkeypatch, c
     assert len(models) == 3 and json.loads(out.read_text())["results"] == results
     assert "2 results" in capsys.readouterr().out.splitlines()[-1]
 
-    for i, change in enumerate((["--k", 2], ["--temperature", 0.5], ["--seed", 1], ["--max_tokens", 23])):
+    for i, change in enumerate((["--samples", 2], ["--temperature", 0.5], ["--seed", 1], ["--max_tokens", 23])):
         run("--out", out, *short, *change)
         assert len(models) == 4 + i, change
     assert len(json.loads(out.read_text())["results"]) == 6
@@ -134,7 +135,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     def interrupt(self, to):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation.Path, "replace", interrupt)
+    monkeypatch.setattr(Path, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         evaluation.write(out, args, [{"score": 1}, {"score": 2}])
     assert evaluation.read(out) == [{"score": 1}]
@@ -144,7 +145,8 @@ def test_without_out_nothing_is_written(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "write", None)
     run()
     out = capsys.readouterr().out.strip().splitlines()
-    assert "8 of countdown-tiny: greedy pass@1" in out[0] and "truncated" in out[0] and "not kept" in out[-1]
+    assert out[0].startswith("defaults for the embedded model: --task ['countdown-tiny'] --max_model_len 512")
+    assert "8 of countdown-tiny: greedy pass@1" in out[1] and "truncated" in out[1] and "not kept" in out[-1]
 
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
@@ -175,13 +177,13 @@ def test_chat_uses_the_template_and_plain_text_does_not(tmp_path, monkeypatch):
     [
         (["--model", "assets/tiny", "no/such/place"], "cannot load a model from 'no/such/place'"),
         (["--task", "countdown-tiny", "maths"], "unknown task 'maths'"),
-        (["--k", 0], "--k 0"),
+        (["--samples", 0], "--samples 0"),
         (["--max_tokens", 0], "--max_tokens 0"),
         (["--temperature", 0], "--temperature 0"),
         (["--kv_cache_gib", 0], "--kv_cache_gib 0"),
         (["--problems", 1], "--problems 1"),
-        (["--context", 70], "do not fit a context of 70"),
-        (["--context", 2000], "reads 512 tokens at most"),
+        (["--max_model_len", 70], "do not fit --max_model_len 70"),
+        (["--max_model_len", 2000], "reads 512 tokens at most"),
         (["--chat"], "assets/tiny has no chat template"),
         (["--task", "countdown-tiny", "countdown", "--data", "x.jsonl"], "give one --task"),
         (["--out", "/proc/nothing/x.json"], "/proc/nothing"),
@@ -214,7 +216,9 @@ def test_data_reaches_the_task_and_k_is_the_tasks_own(monkeypatch):
 
     monkeypatch.setattr(tasks, "load", remember)
     monkeypatch.setattr(tasks, "samples", lambda name: {"countdown": 5}[name])
-    args = evaluation.Args(task=["countdown"], data="my.jsonl", problems=2)
+    args = evaluation.Args(
+        task=["countdown"], data="my.jsonl", problems=2, max_tokens=8, max_model_len=512, kv_cache_gib=0.5
+    )
     ((settings, _),) = evaluation.plan(args)
     assert seen == ["my.jsonl"] and settings["k"] == 5 and settings["data"] == "my.jsonl"
 
@@ -227,6 +231,7 @@ def test_help_explains_every_option(capsys):
         assert field.metadata["help"].split()[0] in text and f"--{field.name}" in text
 
 
+@pytest.mark.vllm
 def test_vllm_evaluates_two_checkpoints_one_after_the_other(other, tmp_path):
     """Greedy responses are those of transformers for either model: the second engine has the second's weights."""
     both = ["--model", "assets/tiny", other]

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import grpo
-from bench import peak_mib
+from lab.bench import peak_mib
 
 
 def test_group_advantages_equal_the_equation():

@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import grpo
-import memory
+from node import memory
 
 VOCABULARY = 1000
 BYTES = {torch.float32: 4, torch.bfloat16: 2}

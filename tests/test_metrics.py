@@ -82,11 +82,11 @@ def test_signals_equal_transformers_eager_maps(name):
         maps = model(ids, output_attentions=True).attentions
     maps = [maps[layer] for layer in heads.middle_layers(6)]
     spans = torch.stack([heads.head_spans(m, mask) for m in maps])
-    local, far = heads.split_heads(spans)
+    is_local, is_global = heads.split_heads(spans)
     torch.testing.assert_close(got.heads.spans, spans, rtol=1e-4, atol=1e-4)
-    assert torch.equal(got.heads.local, local) and torch.equal(got.heads.far, far)
-    local_map = torch.cat([m[:, group] for m, group in zip(maps, local)], 1).mean(1)
-    global_map = torch.cat([m[:, group] for m, group in zip(maps, far)], 1).mean(1)
+    assert torch.equal(got.heads.is_local, is_local) and torch.equal(got.heads.is_global, is_global)
+    local_map = torch.cat([m[:, group] for m, group in zip(maps, is_local)], 1).mean(1)
+    global_map = torch.cat([m[:, group] for m, group in zip(maps, is_global)], 1).mean(1)
     assert local_map.std() > 1e-3, "an even map would test nothing"
     torch.testing.assert_close(got.waad, metrics.waad(local_map, mask), rtol=0, atol=1e-5)
     for horizon in ((10, 100), (10, 50), (1, 3), (10, None), (0, None)):
@@ -124,13 +124,14 @@ def test_streams_equal_definitions_on_random_shapes(seed):
     torch.testing.assert_close(metrics.streamed_spans(layer, mask), heads.head_spans(maps, mask), rtol=1e-4, atol=1e-4)
     group = torch.rand(h, generator=g) > 0.4
     group[0] = True
-    mean = maps[:, group].mean(1)
+    chosen = [(layer, group), (layer, torch.zeros_like(group)), (layer, ~group)]  # as if of three layers
+    every = torch.cat([maps[:, group], maps[:, ~group]], 1).unbind(1)
     w = pick(1, 2, 10, 200)
-    torch.testing.assert_close(metrics.streamed_waad([(layer, group)], mask, w), metrics.waad(mean, mask, w),
-                               rtol=0, atol=1e-5 * w)  # fmt: skip
-    for horizon in ((10, 100), (0, 0), (3, None), (n + 5, None)):
-        torch.testing.assert_close(metrics.streamed_fai([(layer, group)], mask, horizon),
-                                   metrics.fai(mean, mask, horizon), rtol=0, atol=1e-5)  # fmt: skip
+    want = torch.stack([metrics.waad(one, mask, w) for one in every], 1)
+    torch.testing.assert_close(metrics.streamed_waad(chosen, mask, w), want, rtol=0, atol=1e-5 * w)
+    for horizon in ((10, 100), (0, 0), (3, None), (0, None), (n + 5, None)):
+        want = torch.stack([metrics.fai(one, mask, horizon) for one in every], 1)
+        torch.testing.assert_close(metrics.streamed_fai(chosen, mask, horizon), want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -156,14 +157,25 @@ def test_signals_of_a_bf16_model_are_those_of_its_own_queries_and_keys():
         model(ids)
     maps = {}
     for layer, r in recorded.items():
-        scores = (r.q.double() @ r.k.double().repeat_interleave(2, 1).mT) * r.scale
+        scores = (r.query.double() @ r.key.double().repeat_interleave(2, 1).mT) * r.scale
         maps[layer] = scores.masked_fill(torch.ones(150, 150).triu(1).bool(), -torch.inf).softmax(-1)
     spans = torch.stack([heads.head_spans(m, mask) for m in maps.values()])
     torch.testing.assert_close(got.heads.spans, spans, rtol=1e-4, atol=1e-4)
-    local = torch.cat([m[:, group] for m, group in zip(maps.values(), got.heads.local)], 1).mean(1)
-    far = torch.cat([m[:, group] for m, group in zip(maps.values(), got.heads.far)], 1).mean(1)
+    local = torch.cat([m[:, group] for m, group in zip(maps.values(), got.heads.is_local)], 1).mean(1)
+    far = torch.cat([m[:, group] for m, group in zip(maps.values(), got.heads.is_global)], 1).mean(1)
     torch.testing.assert_close(got.waad, metrics.waad(local, mask), rtol=0, atol=1e-3)
     torch.testing.assert_close(got.fai, metrics.fai(far, mask), rtol=0, atol=1e-4)
+
+
+def test_under_autocast_the_signals_are_near_those_of_float32():
+    model = llm(*MODELS["qwen3"][:2], head_dim=16)
+    ids, mask = ragged([(5, 140), (30, 60)], 150)
+    exact = metrics.observe(model, ids, mask)
+    with torch.autocast("cpu", torch.bfloat16):  # rotation returns float32 queries and keys beside bfloat16 values
+        got = metrics.observe(model, ids, mask, exact.heads)
+    assert exact.waad[mask].std() > 0.3 and exact.fai[mask].std() > 1e-3
+    torch.testing.assert_close(got.waad, exact.waad, rtol=0, atol=0.2)
+    torch.testing.assert_close(got.fai, exact.fai, rtol=0, atol=3e-3)
 
 
 def test_recording_changes_nothing_and_leaves_nothing():
@@ -172,7 +184,11 @@ def test_recording_changes_nothing_and_leaves_nothing():
     before = model(ids).logits
     with torch.no_grad(), heads.record(model, [2, 3]) as recorded:
         during = model(ids).logits
-    assert recorded.keys() == {2, 3} and recorded[2].q.shape == (2, 4, 50, 16) and recorded[3].k.shape == (2, 2, 50, 16)
+    assert (
+        recorded.keys() == {2, 3}
+        and recorded[2].query.shape == (2, 4, 50, 16)
+        and recorded[3].key.shape == (2, 2, 50, 16)
+    )
     assert torch.equal(before, during) and torch.equal(before, model(ids).logits)
     assert model.config._attn_implementation == "sdpa" and not heads._recording
 
@@ -189,9 +205,9 @@ def test_models_without_plain_softmax_attention_are_refused():
 def test_head_split_is_disjoint_and_ordered():
     spans = torch.randperm(20, generator=torch.Generator().manual_seed(0)).float().view(5, 4)
     for quantile, size in ((0.3, 6), (0.5, 10), (0.01, 1)):
-        local, far = heads.split_heads(spans, quantile)
-        assert local.sum() == far.sum() == size and not (local & far).any()
-        assert spans[local].max() == size - 1 and spans[far].min() == 20 - size
+        near, far = heads.split_heads(spans, quantile)
+        assert near.sum() == far.sum() == size and not (near & far).any()
+        assert spans[near].max() == size - 1 and spans[far].min() == 20 - size
     assert heads.split_heads(torch.ones(1, 10))[0].sum() == 3  # equal spans, and 0.3 * 10 is not 2
     with pytest.raises(ValueError, match="needs two"):
         heads.split_heads(torch.ones(1, 1))

@@ -1,4 +1,4 @@
-"""The paper's settings: each line of paper.sh is a run that could start."""
+"""The paper's settings: each line of paper.sh, as it stands, is a run that could start and says what the paper says."""
 
 import os
 import re
@@ -6,12 +6,22 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from transformers import HfArgumentParser
 
-import config
+import train
+from node import memory, prepare
 
-ROOT = Path(config.__file__).parent
-NAMES = re.findall(r"^([a-z0-9-]+)\) node", (ROOT / "paper.sh").read_text(), re.MULTILINE)
-DATA = {"crossthink": "crossthink-qa", "math": "math"}
+ROOT = Path(train.__file__).parent
+NAMES = re.findall(r"^([a-z0-9-]+)\) run", (ROOT / "node/paper.sh").read_text(), re.MULTILINE)
+
+
+def paper_sh(name, folder):
+    """What paper.sh hands to torchrun, which here only repeats it."""
+    (folder / "torchrun").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (folder / "torchrun").chmod(0o755)
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    command = ["bash", "node/paper.sh", name, "--seed", "7"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_all_five_are_there():
@@ -19,24 +29,23 @@ def test_all_five_are_there():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_dry_run_of(name, tmp_path):
-    """Its own flags, but for the model, which is on the hub, and what the small one and the small files allow."""
-    torchrun = tmp_path / "torchrun"  # takes the command that torchrun would start eight times, and starts it once
-    torchrun.write_text('#!/bin/sh\nshift 4; exec "$PYTHON" "$@"\n')
-    torchrun.chmod(0o755)
-    extra = ["--dry_run", "--model", "assets/tiny", "--context", "500", "--max_tokens", "16", "--prompts", "2"]
-    data = DATA.get(name.split("-")[0])
-    if data:
-        extra += ["--data", f"tests/data/{data}.jsonl", "--eval_data", f"tests/data/{data}.jsonl"]
-        extra += ["--eval_data", "tests/data/math500.jsonl"] if data == "math" else []
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": os.sys.executable}
-    done = subprocess.run(["bash", "paper.sh", name, *extra], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    steps = "600" if "8b" in name else "500"
-    assert f"{steps} steps of 2 problems x 8 responses" in done.stdout and "16 updates each" in done.stdout
-    assert "learning rate 1e-06" in done.stdout and "nothing was started" in done.stdout
+def test_the_line_of(name, tmp_path):
+    launch, script, flags = paper_sh(name, tmp_path).stdout.partition("train.py\n")
+    assert launch.split() == ["--nproc-per-node", "8", "--shutdown-timeout", "900"] and script
+    (args,) = HfArgumentParser(train.Args).parse_args_into_dataclasses(flags.splitlines())
+    assert args.seed == 7 and not [field for field in train.DEFAULTS if getattr(args, field) is None]
+    prepare.check(args)
+    assert args.prompts * args.group == 512 and args.minibatches == 16 and args.lr == 1e-6
+    assert (args.steps, args.max_tokens) == (600 if "8b" in name else 500, 8192 if "8k" in name else 1024)
+    assert args.credit == "coupled" and (args.q, args.gamma_amp, args.sign) == (0.4, 1.5, "both")
+    size = re.fullmatch(r"Qwen/Qwen3-(\dB)-Base", args.model)[1]
+    assert size == ("8B" if "8b" in name else "4B") and args.max_tokens + 200 <= args.max_model_len <= 32_768
+    gib = memory.estimate(
+        memory.qwen3(size), 8, args.micro_tokens, args.kv_cache_gib, checkpointing=args.gradient_checkpointing
+    )
+    assert gib["peak, asleep"] < 72 and args.micro_tokens >= args.max_model_len, "it fits eight GPUs of 80 GiB"
 
 
-def test_an_unknown_name_lists_the_known():
-    done = subprocess.run(["bash", "paper.sh", "sums"], cwd=ROOT, capture_output=True, text=True)
+def test_an_unknown_name_lists_the_known(tmp_path):
+    done = paper_sh("sums", tmp_path)
     assert done.returncode == 2 and all(name in done.stderr for name in NAMES)

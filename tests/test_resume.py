@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
-import checkpoint
-import config
 import train
+from node import checkpoint
+from node import run as node_run
 
-SMALL = ["--engine", "torch", "--prompts", "4", "--group", "4", "--updates", "2", "--eval_problems", "4",
+SMALL = ["--engine", "torch", "--prompts", "4", "--group", "4", "--minibatches", "2", "--eval_problems", "4",
          "--max_tokens", "64", "--eval_every", "2", "--save_every", "1", "--heads_every", "2"]  # fmt: skip
 
 
@@ -28,7 +28,7 @@ ROOT = Path(train.__file__).parent
 
 
 def run(*argv):
-    train.main(*HfArgumentParser(config.Args).parse_args_into_dataclasses([*map(str, argv)]))
+    train.main(*HfArgumentParser(train.Args).parse_args_into_dataclasses([*map(str, argv)]))
 
 
 def outcome(folder, steps=5):
@@ -83,8 +83,8 @@ def test_more_steps_may_be_added_and_nothing_else(tmp_path, capsys, uninterrupte
         run("--resume", tmp_path / "run", "--lr", 1)
     run("--resume", tmp_path / "run", "--steps", 5)
     assert same(outcome(tmp_path / "run"), uninterrupted)
-    assert config.resumed(config.Args(resume=str(tmp_path / "run"))).steps == 5, "and killed, it is to be resumed so"
-    with pytest.raises(SystemExit, match=r"--steps 2: .*checkpoint-5 has 5 already"):
+    assert node_run.resumed(train.Args(resume=str(tmp_path / "run"))).steps == 5, "and killed, it is to be resumed so"
+    with pytest.raises(SystemExit, match=r"--steps 2: .*has made 5 already"):
         run("--resume", tmp_path / "run", "--steps", 2)
     capsys.readouterr()
     run("--resume", tmp_path / "run", "--dry_run")
@@ -156,8 +156,9 @@ def test_gradients_that_are_not_finite_are_skipped_counted_and_end_the_run(tmp_p
 
 def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path, uninterrupted):
     """kill -9 at random moments, KILLS of them (3 here; more by the environment), resumed each time; a run that gets to
-    its end must be the uninterrupted one, and if there are kills left another is begun."""
-    kills, rng, number = int(os.environ.get("KILLS", 3)), random.Random(0), 0
+    its end must be the uninterrupted one, and if there are kills left another is begun. Every second kill waits for
+    a new checkpoint first, so that some fall after one however slow the machine is."""
+    kills, rng, number, after_a_checkpoint = int(os.environ.get("KILLS", 3)), random.Random(0), 0, 0
     while kills > 0:
         number, done = number + 1, False
         folder = tmp_path / f"run{number}"
@@ -165,14 +166,21 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path, uninterrup
             begun = (folder / "args.json").exists()
             how = ["--resume", str(folder)] if begun else [*SMALL, "--steps", "5", "--out", str(folder)]
             process = subprocess.Popen(
-                [sys.executable, "train.py", *how], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
+                [sys.executable, "train.py", *how], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                text=True,
+            )  # fmt: skip
             if kills > 0:
-                process.stdout.readline()  # its first sign of life
-                time.sleep(rng.uniform(0, 3))
+                seen, new_one = checkpoint.listed(folder), kills % 2 == 1
+                while process.poll() is None and (
+                    checkpoint.listed(folder) in (seen, []) if new_one else not (folder / "args.json").exists()
+                ):
+                    time.sleep(0.05)
+                time.sleep(rng.uniform(0, 2))
+                after_a_checkpoint += process.poll() is None and bool(checkpoint.listed(folder))
                 process.kill()
                 kills -= 1
-            err = process.communicate(timeout=120)[1]
+            err = process.communicate(timeout=300)[1]
             assert process.returncode in (0, -signal.SIGKILL), err
             done = process.returncode == 0
         assert same(outcome(folder), uninterrupted)
+    assert after_a_checkpoint > 0

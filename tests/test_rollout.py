@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import grpo
-import tiny
-from rollout import TorchActor, VLLMActor, load_model, pack
+from lab import tiny
+from rollout import TorchActor, VLLMActor, load_model, pad_batch
 
 PROMPTS = ["3 7 5>38\n<think>", "1 2 3>10\n<think>", "12 15 9>36\n<think>"]
 
@@ -37,18 +37,19 @@ def pair(request, tmp_path_factory):
     """A trainer's model, vLLM on the same checkpoint, and transformers' sampler on the model."""
     folder = tmp_path_factory.mktemp("model")
     model, tokenizer = checkpoint(folder, request.param)
-    actor = VLLMActor(str(folder), context=384, kv_cache_gib=0.0625)
-    yield model, actor, TorchActor(model, tokenizer, context=384)
+    actor = VLLMActor(str(folder), max_model_len=384, kv_cache_gib=0.0625)
+    yield model, actor, TorchActor(model, tokenizer, max_model_len=384)
     actor.close()
 
 
 def gap(model, groups):
     """Largest difference between the sampler's log-probs and the trainer's."""
-    ids, mask, sampled = pack([r for group in groups for r in group])
+    ids, mask, sampled = pad_batch([r for group in groups for r in group])
     with torch.no_grad():
         return (grpo.token_logprobs(model, ids, mask)[0] - sampled).abs().max().item()
 
 
+@pytest.mark.vllm
 def test_greedy_equals_transformers_before_and_after_reloads(pair):
     model, actor, torch_actor = pair
     for step in range(3):
@@ -64,6 +65,7 @@ def test_greedy_equals_transformers_before_and_after_reloads(pair):
         actor.reload(model)
 
 
+@pytest.mark.vllm
 def test_reload_forgets_the_prefix_cache(pair):
     model, actor, _ = pair
     prompt = ["3 7 5>38\n<think>" + "7-3=4,5*4=20n\n" * 20]  # 290 tokens: two whole blocks of the CPU build's 128
@@ -73,6 +75,7 @@ def test_reload_forgets_the_prefix_cache(pair):
     assert gap(model, actor.generate(prompt, n=2, max_tokens=16)) < 1e-3
 
 
+@pytest.mark.vllm
 def test_responses_are_bounded_and_say_so(pair):
     model, actor, torch_actor = pair
     with torch.no_grad():  # make <eos> likely enough to be seen
@@ -82,17 +85,17 @@ def test_responses_are_bounded_and_say_so(pair):
         for r in (r for group in sampler.generate(PROMPTS, n=24, max_tokens=12) for r in group):
             assert 1 <= len(r.ids) == len(r.logprobs) <= 12
             assert r.truncated == (r.ids[-1] != 1) and 1 not in r.ids[:-1] and "<eos>" not in r.text
-        with pytest.raises(ValueError, match="do not fit a context of 384"):
+        with pytest.raises(ValueError, match="do not fit --max_model_len 384"):
             sampler.generate(["1" * 376], max_tokens=12)
         with pytest.raises(ValueError, match="empty"):
             sampler.generate([""], max_tokens=12)
 
 
-def test_pack():
+def test_pad_batch():
     from rollout import Rollout
 
     rollouts = [Rollout([5, 6], [7, 8, 1], [-1.0, -2.0, -3.0], "", False), Rollout([5], [9], [-4.0], "", True)]
-    ids, mask, logprobs = pack(rollouts)
+    ids, mask, logprobs = pad_batch(rollouts)
     assert ids.tolist() == [[5, 6, 7, 8, 1], [5, 9, 0, 0, 0]]
     assert mask.tolist() == [[False, False, True, True, True], [False, True, False, False, False]]
     assert logprobs.tolist() == [[0, 0, -1, -2, -3], [0, -4, 0, 0, 0]]

@@ -1,30 +1,21 @@
 """The loop as users run it: real vLLM, the command line, what it leaves behind, and what it says when it cannot run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-import config
+import credit
 import rollout
-import runs
 import train
+from node import prepare
+from node import run as node_run
+from tests.replay import Replay
 
-SMALL = [
-    "--steps",
-    "3",
-    "--prompts",
-    "6",
-    "--group",
-    "4",
-    "--updates",
-    "2",
-    "--eval_problems",
-    "16",
-    "--max_tokens",
-    "96",
-]
+SMALL = ["--steps", "3", "--prompts", "6", "--group", "4", "--minibatches", "2", "--eval_problems", "16",
+         "--max_tokens", "96"]  # fmt: skip
 
 
 def run(*argv):
@@ -35,8 +26,13 @@ def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def tiny_args(**changes):
+    return rollout.fill_defaults(train.Args(**changes), train.DEFAULTS, rollout.EMBEDDED)[0]
+
+
+@pytest.mark.vllm
 def test_a_run_with_vllm(tmp_path, capsys):
-    run("--out", tmp_path / "run", "--eval_every", 2)
+    run("--out", tmp_path / "run", "--eval_every", 2, "--watch_signals")
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.startswith("held-out success") and "interval" in last and last.endswith(str(tmp_path / "run"))
     log = records(tmp_path / "run")
@@ -49,19 +45,18 @@ def test_a_run_with_vllm(tmp_path, capsys):
         assert r["gap_max"] < 1e-3 and r["gap_mean"] <= r["gap_max"]
         assert set(r["seconds"]) == {"generate", "score", "credit", "update", "reload"}
         assert r["truncated"] < 24 and r["empty"] == 0 and r["within_horizon"] == 0 and 0.05 < r["entropy"] < 0.6
-        assert 1 < r["gamma"] < 1.75
-    assert any("grad_norm" in r and r["grad_norm"] > 0 for r in steps)
+        assert 1 < r["gamma"] < 1.75 and r["equal_groups"] + r["unequal_groups"] == 6
+    assert any(r["grad_norm"] > 0 for r in steps)
     assert (tmp_path / "run" / "learning_curve.png").stat().st_size > 5000
 
-    before, after = (
-        AutoModelForCausalLM.from_pretrained(p) for p in ("assets/tiny", tmp_path / "run" / "checkpoint-3")
-    )
+    trained = tmp_path / "run" / "checkpoint-3"
+    before, after = (AutoModelForCausalLM.from_pretrained(p) for p in ("assets/tiny", trained))
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint-3")) == len(
-        AutoTokenizer.from_pretrained("assets/tiny")
-    )
+    assert len(AutoTokenizer.from_pretrained(trained)) == len(AutoTokenizer.from_pretrained("assets/tiny"))
+    assert rollout.is_embedded(str(trained)), "its defaults are still the embedded model's"
 
 
+@pytest.mark.vllm
 def test_a_sampler_that_was_not_reloaded_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(rollout.VLLMActor, "reload", lambda self, model: None)
     with pytest.raises(SystemExit, match="weights were not reloaded"):
@@ -71,38 +66,70 @@ def test_a_sampler_that_was_not_reloaded_stops_the_run(tmp_path, monkeypatch):
     assert list((tmp_path / "run").glob("checkpoint-*/config.json")), "nothing is lost"
 
 
-CREDITS = ["coupled", "local", "global", "entropy", "random", "uniform", "scaled"]
+@pytest.fixture(scope="module")
+def sampled():
+    """Eight problems and four responses to each; some groups are of equal reward and some are not."""
+    torch.manual_seed(0)
+    problems = train.tasks.load("countdown-tiny", "train", 8)
+    actor = rollout.TorchActor(*rollout.load_model("assets/tiny"))
+    return problems, dict(zip([p.prompt for p in problems], actor.generate([p.prompt for p in problems], 4, 96)))
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [*(["--credit", c] for c in CREDITS), ["--sign", "positive"], ["--all_heads"], ["--on_produced"],
-     ["--horizon", "5"], ["--epsilon_high", "0.28"]],
-    ids=" ".join,
-)  # fmt: skip
-def test_every_credit_and_ablation_trains(extra, tmp_path):
-    run("--engine", "torch", "--out", tmp_path / "run", "--steps", 1, "--eval_problems", 2, *extra)
-    step = records(tmp_path / "run")[1]
-    assert step["gap_max"] < 1e-3
-    if "grad_norm" in step:
-        expected = {"uniform": 1.0, "random": 1.2, "entropy": 1.2, "local": 1.2}.get(extra[-1])
-        assert expected is None or step["gamma"] == pytest.approx(expected, abs=0.02)
+def one_step(sampled, rollouts=None, **changes):
+    """What a step on these rollouts logs, the heads it used, and the weights after it."""
+    problems, groups = sampled
+    args = tiny_args(prompts=8, group=4, minibatches=2, max_tokens=96, **changes)
+    model, _ = rollout.load_model("assets/tiny", "cpu")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    record, heads = train.train_step(args, model, optimizer, Replay(groups), problems, None, generator)
+    return record, heads, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.fixture(scope="module")
+def plain(sampled):
+    return one_step(sampled, credit="uniform")
+
+
+@pytest.mark.parametrize("name", credit.CREDITS)
+def test_every_credit_trains_and_differs_from_uniform_as_it_should(name, sampled, plain):
+    record, heads, weights = one_step(sampled, credit=name)
+    assert record["equal_groups"] > 0 and record["unequal_groups"] > 2 and record["grad_norm"] > 0.01
+    assert (heads is None) == (name not in credit.NEED_ATTENTION)
+    expected = {"uniform": 1.0, "random": 1.2, "entropy": 1.2, "local": 1.2, "global": 1.2}
+    if name in expected:  # 40 % of the tokens, rounded up, at 1.5
+        assert record["gamma"] == pytest.approx(expected[name], abs=0.01)
+    else:
+        assert 1.1 < record["gamma"] < 1.3
+    same = torch.equal(weights, plain[2])
+    assert same == (name == "uniform") and (weights - plain[2]).abs().max() < 5e-4
+
+
+def test_scaled_has_the_mean_of_coupled_although_some_groups_are_not_scored(sampled):
+    scaled, coupled = (one_step(sampled, credit=name)[0] for name in ("scaled", "coupled"))
+    assert scaled["equal_groups"] > 0, "rows that are not scored have gamma 1, and must not count"
+    assert scaled["gamma"] == pytest.approx(coupled["gamma"], abs=1e-5)
+
+
+def test_the_split_is_measured_on_the_batch_even_if_all_groups_are_equal(sampled, monkeypatch):
+    rows, measure = [], train.measure_heads
+
+    def note(*args):
+        rows.append(len(args[-1]))
+        return measure(*args)
+
+    monkeypatch.setattr(train, "measure_heads", note)
+    _, mixed, _ = one_step(sampled, credit="coupled")
+    monkeypatch.setattr(train.tasks, "reward", lambda problem, text: 0.0)
+    record, equal, _ = one_step(sampled, credit="coupled")
+    assert rows == [32, 32] and torch.equal(equal.spans, mixed.spans)
+    assert record["grad_norm"] == 0 and record["equal_groups"] == 8 and record["gap_max"] < 1e-3
 
 
 def test_a_run_repeats_itself_and_micro_batches_do_not_matter(tmp_path):
     for name, micro in (("a", 2048), ("b", 2048), ("c", 300)):
-        run(
-            "--engine",
-            "torch",
-            "--out",
-            tmp_path / name,
-            "--micro_tokens",
-            micro,
-            "--heads_every",
-            2,
-            "--credit",
-            "coupled",
-        )
+        how = ["--engine", "torch", "--micro_tokens", micro, "--heads_every", 2, "--watch_signals"]
+        run("--out", tmp_path / name, *how)
     dropped = ("seconds", "tokens_per_s", "stability")
     a, b, c = (
         [{k: v for k, v in r.items() if k not in dropped} | r.get("stability", {}) for r in records(tmp_path / x)]
@@ -113,27 +140,27 @@ def test_a_run_repeats_itself_and_micro_batches_do_not_matter(tmp_path):
         assert x == pytest.approx(y, abs=2e-3), "the same but for rounding"
 
 
-def test_every_flag_reaches_the_credit():
+def test_every_flag_reaches_the_credit(sampled):
     """Each ablation changes gamma or the heads on the same rollouts."""
-    model, tokenizer = rollout.load_model("assets/tiny")
-    torch.manual_seed(0)
-    problems = train.tasks.load("countdown-tiny", "test", 16)
-    groups = rollout.TorchActor(model, tokenizer).generate([p.prompt for p in problems], n=1, max_tokens=96)
-    ids, mask, _ = rollout.pack([r for g in groups for r in g])
+    model, _ = rollout.load_model("assets/tiny")
+    ids, mask, _ = rollout.pad_batch([r for group in sampled[1].values() for r in group][:16])
     rows = torch.arange(16)
 
     def outcome(**changes):
         args = train.Args(**changes)
         heads = train.measure_heads(args, model, ids, mask, rows)
         signals = train.score(args, model, ids, mask, rows, heads)
-        gamma = train.gammas(args, signals, mask, torch.Generator().manual_seed(0))
+        gamma = credit.assign_credit(
+            args.credit, signals, mask, args.q, args.gamma_amp, args.alpha, args.k, args.lowest, args.on_produced,
+            torch.Generator().manual_seed(0),
+        )  # fmt: skip
         return torch.cat([gamma[mask], train.shape_advantages(torch.tensor([1.0, -1.0] * 8), gamma, args.sign)[mask]])
 
     changes = [
         {}, {"credit": "local"}, {"credit": "global"}, {"credit": "entropy"}, {"credit": "random"},
-        {"credit": "uniform"}, {"credit": "scaled"},
-        {"q": 0.2}, {"amp": 2.0}, {"alpha": 0.1}, {"k": 1}, {"window": 3}, {"horizon": [10, 20]}, {"horizon": [10]},
-        {"quantile": 0.1}, {"layers": "top"}, {"layers": "bottom"}, {"layers": "all"}, {"all_heads": True},
+        {"credit": "uniform"}, {"credit": "scaled"}, {"q": 0.2}, {"gamma_amp": 2.0}, {"alpha": 0.1}, {"k": 1},
+        {"window": 3}, {"horizon": [10, 20]}, {"horizon": [10]},
+        {"head_quantile": 0.1}, {"layers": "top"}, {"layers": "bottom"}, {"layers": "all"}, {"all_heads": True},
         {"lowest": True}, {"on_produced": True}, {"sign": "positive"}, {"sign": "negative"},
     ]  # fmt: skip
     seen = [outcome(**c) for c in changes]
@@ -142,38 +169,73 @@ def test_every_flag_reaches_the_credit():
     assert seen[0].equal(outcome(micro_tokens=300)), "the size of a pass changes nothing"
 
 
-def test_checkpointing_and_importance_weights_near_one_change_nothing(tmp_path):
-    one = ["--engine", "torch", "--steps", 1, "--eval_problems", 2, "--prompts", 12]
-    results = []
-    for name, extra in (("a", []), ("b", ["--checkpointing"]), ("c", ["--importance_cap", 2]),
-                        ("d", ["--importance_cap", 1e-9])):  # fmt: skip
-        run("--out", tmp_path / name, *one, *extra)
-        results.append(records(tmp_path / name)[1])
-    a, b, c, d = results
-    assert a["grad_norm"] > 0.01
+def test_checkpointing_and_importance_weights_near_one_change_nothing(sampled, plain, tmp_path):
+    a, _, _ = plain
+    b, c, d = (one_step(sampled, credit="uniform", tis_cap=cap)[0] for cap in (None, 2.0, 1e-9))
     for other in (b, c):
         assert a["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
         assert a["loss"] == pytest.approx(other["loss"], abs=1e-6)
     assert d["grad_norm"] < 1e-6, "the weights are applied: cut at nothing, nothing is learned"
+    for name, extra in (("kept", []), ("computed again", ["--gradient_checkpointing"])):
+        run("--out", tmp_path / name, "--engine", "torch", "--steps", 1, "--eval_problems", 2, *extra)
+    kept, again = (records(tmp_path / name)[1] for name in ("kept", "computed again"))
+    assert kept["grad_norm"] == pytest.approx(again["grad_norm"], rel=1e-3) and kept["grad_norm"] > 0.01
 
 
-def test_dynamic_sampling_replaces_groups_of_equal_reward():
+def test_dynamic_sampling_replaces_groups_of_equal_reward(sampled, tmp_path, monkeypatch, capsys):
     actor = rollout.TorchActor(*rollout.load_model("assets/tiny"))
     problems = train.tasks.load("countdown-tiny", "train", 24)
     torch.manual_seed(0)
-    args = train.Args(prompts=6, group=4, max_tokens=96, dynamic=True)
+    args = tiny_args(prompts=6, group=4, max_tokens=96, dynamic=True)
     groups, rewards, everything = train.sample(args, actor, problems)
     assert len(groups) == len(rewards) == 6 and all(0 < r.mean() < 1 for r in rewards)
     assert len(everything) > 6 and len(everything) % 6 == 0, "whole batches are drawn until there are enough"
-    plain = train.sample(train.Args(prompts=6, group=4, max_tokens=96), actor, problems[:6])
+    plain = train.sample(replace(args, dynamic=False), actor, problems[:6])
     assert len(plain[0]) == 6 and torch.equal(plain[1], plain[2])
+
+    rewards = iter([0.0, 0.0, 0.0, 1.0] * 2 + [0.0] * 999)  # two groups differ, of the six that are wanted
+    monkeypatch.setattr(train.tasks, "reward", lambda problem, text: next(rewards))
+    monkeypatch.setattr(train, "evaluate", lambda actor, problems, n, max_tokens: ([[]] * 16, torch.zeros(16, 2)))
+    run("--engine", "torch", "--out", tmp_path / "run", "--steps", 1, "--dynamic")
+    assert "step 1: --dynamic found 2 groups of unequal reward among 24, not 6" in capsys.readouterr().out
+    assert [r["unequal_groups"] for r in records(tmp_path / "run") if "reward" in r] == [2]
 
 
 def test_each_epoch_has_every_problem_once_in_an_order_of_its_own():
-    got = runs.take(list("abcde"), 0, 15, seed=1)
+    got = node_run.take(list("abcde"), 0, 15, seed=1)
     epochs = [got[i : i + 5] for i in (0, 5, 10)]
     assert all(sorted(e) == list("abcde") for e in epochs) and epochs[0] != epochs[1]
-    assert runs.take(list("abcde"), 3, 7, seed=1) == got[3:10] != runs.take(list("abcde"), 3, 7, seed=2)
+    assert node_run.take(list("abcde"), 3, 7, seed=1) == got[3:10] != node_run.take(list("abcde"), 3, 7, seed=2)
+
+
+def test_minibatches_are_the_same_whatever_the_credit(sampled, monkeypatch):
+    seen, update = [], train.update
+
+    def note(*args):
+        seen.append(torch.cat(args[6]).tolist())
+        return update(*args)
+
+    monkeypatch.setattr(train, "update", note)
+    for name in ("uniform", "random"):
+        one_step(sampled, credit=name)
+    assert seen[0] == seen[1]
+    steps = [torch.randperm(32, generator=node_run.Run.generator(type("Run", (), {"args": a, "step": s})))
+             for a, s in ((tiny_args(), 0), (tiny_args(), 1), (tiny_args(seed=1), 0), (tiny_args(), 0))]  # fmt: skip
+    assert torch.equal(steps[0], steps[3]) and not any(torch.equal(steps[0], s) for s in steps[1:3])
+
+
+def test_the_learning_rate_grows_over_five_steps_and_goes_on_after_a_resume(tmp_path, monkeypatch):
+    rates, step = [], train.train_step
+
+    def note(args, model, optimizer, *rest):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(args, model, optimizer, *rest)
+
+    monkeypatch.setattr(train, "train_step", note)
+    run("--engine", "torch", "--out", tmp_path / "run", "--eval_problems", 2, "--max_tokens", 24, "--lr", 1)
+    run_again = ["--resume", str(tmp_path / "run"), "--steps", "7"]
+    train.main(*HfArgumentParser(train.Args).parse_args_into_dataclasses(run_again))
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1])
 
 
 def test_groups_of_equal_reward_are_survived(tmp_path, monkeypatch):
@@ -200,18 +262,19 @@ def test_short_and_truncated_responses_are_survived(tmp_path, monkeypatch):
         (["--group", "1"], "--group 1.*two or more"),
         (["--model", "no/such/place"], "cannot load a model from 'no/such/place'"),
         (["--task", "maths"], "unknown task 'maths'"),
-        (["--context", "100"], "do not fit a context of 100"),
+        (["--max_model_len", "100"], "0 fit --max_model_len 100 with --max_tokens 96; 6 are needed"),
         (["--out", "/proc/nothing/run"], "--out /proc/nothing/run: cannot write there"),
         (["--q", "1.5"], "--q 1.5"),
         (["--horizon", "9", "3"], "--horizon"),
-        (["--updates", "99"], "--updates 99"),
+        (["--minibatches", "99"], "--minibatches 99"),
         (["--steps", "0"], "--steps 0"),
-        (["--context", "2000"], "reads 512 tokens at most"),
+        (["--max_model_len", "2000"], "reads 512 tokens at most"),
         (["--prompts", "5000"], "has 4000 training problems"),
         (["--lr", "0"], "--lr 0"),
         (["--lr", "nan"], "--lr nan"),
         (["--seed", "-1"], "--seed -1"),
-        (["--importance_cap", "-1"], "--importance_cap -1"),
+        (["--kv_cache_gib", "0"], "--kv_cache_gib 0"),
+        (["--tis_cap", "-1"], "--tis_cap -1"),
         (["--eval_every", "-1"], "--eval_every -1"),
         (["--eval_problems", "0"], "--eval_problems 0"),
     ],
@@ -225,13 +288,43 @@ def test_bad_arguments_are_one_line_before_anything_starts(argv, message, tmp_pa
 
 def test_a_dry_run_says_the_plan_and_starts_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "start_actor", None)
-    monkeypatch.setattr(train, "load_model", None)
+    monkeypatch.setattr(prepare, "load_model", None)
     run("--dry_run", "--out", tmp_path / "run")
     out = capsys.readouterr().out
     assert "1,443,744 weights" in out and "peak, asleep" in out and "4000 training problems" in out
+    assert "defaults for the embedded model: --task countdown-tiny --lr 0.0002" in out
     assert out.strip().endswith("nothing was started") and not (tmp_path / "run").exists()
     with pytest.raises(SystemExit, match="--group 1"):
         run("--dry_run", "--group", 1)
+
+
+def test_a_real_model_gets_the_papers_defaults_and_the_dry_run_says_so(tmp_path, capsys):
+    config = rollout.load_config("assets/tiny")
+    config.hidden_size, config.max_position_embeddings = 64, 4096  # no longer the embedded model
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained("assets/tiny").save_pretrained(tmp_path)
+    flags = ["--model", str(tmp_path), "--task", "countdown-tiny", "--dry_run", "--prompts", "8"]
+    train.main(*HfArgumentParser(train.Args).parse_args_into_dataclasses(flags))
+    out = capsys.readouterr().out
+    expected = "--steps 500 --minibatches 16 --lr 1e-06 --max_tokens 1024 --max_model_len 2048 --kv_cache_gib 8.0"
+    assert f"defaults for a real model: {expected}" in out and "--prompts" not in out
+    assert "learning rate 1e-06" in out and "up to 1024 tokens" in out
+
+
+def test_problems_that_are_too_long_are_left_out_and_counted(capsys, monkeypatch):
+    tokenizer, load = rollout.load_tokenizer("assets/tiny", 512), train.tasks.load
+
+    def with_long_ones(name, split, *args, **more):
+        problems = load(name, split, *args, **more)
+        longer = [replace(p, prompt="1" * 300 + p.prompt) for p in problems[:3]]
+        return longer + problems[3:]
+
+    monkeypatch.setattr(prepare.tasks, "load", with_long_ones)
+    train_set, test_set = prepare.load_problems(tiny_args(max_model_len=256, eval_problems=20), tokenizer)
+    assert len(train_set) == 3997 and len(test_set) == 17 and all(len(p.prompt) < 100 for p in train_set + test_set)
+    out = capsys.readouterr().out
+    assert "countdown-tiny: 3 of 4000 training problems are too long, left out" in out
+    assert "countdown-tiny: 3 of 20 held-out problems are too long, left out" in out
 
 
 def test_a_wrong_credit_lists_the_choices(capsys):
@@ -243,16 +336,16 @@ def test_a_wrong_credit_lists_the_choices(capsys):
 def test_the_torch_sampler_is_for_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="--engine torch samples with the trainer's own weights"):
-        config.check(config.Args(engine="torch", steps=1))
+        prepare.check(tiny_args(engine="torch"))
 
 
 def test_a_second_run_never_writes_into_the_first(tmp_path, monkeypatch):
-    first = runs.new_run_folder(train.Args(out=str(tmp_path / "run")), "x")
+    first = node_run.new_folder(str(tmp_path / "run"), "x")
     (first / "metrics.jsonl").write_text("kept")
     with pytest.raises(ValueError, match="already holds a run"):
-        runs.new_run_folder(train.Args(out=str(first)), "x")
+        node_run.new_folder(str(first), "x")
     monkeypatch.chdir(tmp_path)
-    folders = [runs.new_run_folder(train.Args(), "countdown-tiny-coupled") for _ in range(2)]
+    folders = [node_run.new_folder(None, "countdown-tiny-coupled") for _ in range(2)]
     assert [f.name for f in folders] == ["countdown-tiny-coupled-1", "countdown-tiny-coupled-2"]
 
 

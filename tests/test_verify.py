@@ -3,12 +3,11 @@
 import os
 import random
 import threading
-import time
 
 import math_verify
 import pytest
 
-import verify
+from tasks import verify
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +140,7 @@ def worker_memory():
 def test_a_thousand_hostile_answers(where, monkeypatch):
     monkeypatch.setattr(verify, "DEADLINE", 0.3)
     verify.check()
-    start, results = time.perf_counter(), []
+    results = []
     if where == "main thread":
         results = score_a_thousand()
     else:
@@ -149,22 +148,39 @@ def test_a_thousand_hostile_answers(where, monkeypatch):
         thread.start()
         thread.join()
     assert len(results) == 1_000 and set(results) == {0.0}
-    assert time.perf_counter() - start < 60
     verify.check()  # and the next answer is judged as if nothing had happened
     assert worker_memory() < 200e6
 
 
-def test_a_slow_answer_is_wrong_and_takes_the_deadline(monkeypatch):
+def test_an_answer_that_takes_too_much_computing_is_wrong_and_remembered(monkeypatch):
     monkeypatch.setattr(verify, "DEADLINE", 0.5)
     verify.check()
-    before = verify._worker.pid
-    start = time.perf_counter()
+    before, asked = verify._worker.pid, []
     assert verify.maths("5", "\\boxed{10^{10^{10}}}") == 0.0
-    assert 0.4 < time.perf_counter() - start < 5
-    assert verify.maths("5", "\\boxed{10^{10^{10}}}") == 0.0  # remembered
+    monkeypatch.setattr(verify, "_ask", lambda *question: asked.append(question))
+    assert verify.maths("5", "\\boxed{10^{10^{10}}}") == 0.0 and not asked
+    monkeypatch.undo()
     assert verify.maths("0.5", "\\boxed{2/4}") == 1.0 and verify._worker.pid != before
     with pytest.raises(ProcessLookupError):
         os.kill(before, 0)
+
+
+def test_a_worker_that_is_late_to_start_gives_no_verdict(monkeypatch):
+    """Its "ready" must not be taken as the verdict, nor a verdict as the answer to the next question."""
+    verify._stop()
+    monkeypatch.setattr(verify, "START", 0.0)
+    assert verify.maths("0.5", "\\boxed{1/3}") == 0.0 and verify.maths("0.5", "\\boxed{10/20}") == 0.0
+    monkeypatch.undo()
+    assert verify.maths("0.5", "\\boxed{10/20}") == 1.0, "no verdict is not remembered as wrong"
+    assert verify.maths("0.5", "\\boxed{1/3}") == 0.0 and verify.maths("0.5", "\\boxed{11/22}") == 1.0
+
+
+def test_a_worker_that_is_not_given_time_to_answer_is_no_verdict(monkeypatch):
+    verify.check()
+    monkeypatch.setattr(verify, "PATIENCE", 0.0)
+    assert verify.maths("0.5", "\\boxed{12/24}") == 0.0
+    monkeypatch.undo()
+    assert verify.maths("0.5", "\\boxed{12/24}") == 1.0 and verify.maths("0.5", "\\boxed{12/25}") == 0.0
 
 
 def test_a_killed_worker_comes_back():
@@ -221,11 +237,9 @@ def test_threads_share_the_worker():
 
 def test_whole_numbers_never_reach_the_worker(monkeypatch):
     monkeypatch.setattr(verify, "_ask", None)
-    start = time.perf_counter()
-    for i in range(20_000):
+    for i in range(2_000):
         assert verify.maths("-12", f"{'thought ' * 50}\\boxed{{{i}}}") == 0.0
         assert verify.maths(str(i), f"\\boxed{{{i:,}}}") == 1.0
-    assert time.perf_counter() - start < 5
 
 
 def test_a_missing_math_verify_is_an_error_when_loading(monkeypatch):

@@ -1,6 +1,6 @@
 """The embedded default: a character-level Qwen3 of 1.4 million weights that plays Countdown with three small numbers.
 
-    python tiny.py            makes assets/tiny again from nothing
+    python -m lab.tiny            makes assets/tiny again from nothing
 
 RL needs a model that succeeds sometimes. This one is warm-started on made-up traces of an honest but careless searcher,
 who tries a combination, writes its results, judges it y or n, and after an n tries another or gives up and answers.
@@ -26,7 +26,8 @@ from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen3Config,
 from transformers.hf_argparser import HfArg
 
 import tasks
-from rollout import TorchActor
+from rollout import EMBEDDED, TorchActor
+from tasks.countdown import random_expression, split_of
 
 CHARACTERS = "0123456789+-*/()=,>yn \n"
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
@@ -37,7 +38,7 @@ MAX_TRIES = 7
 class Args:
     """Warm-start the embedded model from nothing."""
 
-    out: str = HfArg(default="assets/tiny", help="Folder to write the checkpoint to.")
+    out: str = HfArg(default=EMBEDDED, help="Folder to write the checkpoint to.")
     steps: int = HfArg(default=1800, help="Optimizer steps.")
     batch: int = HfArg(default=64, help="Traces in a step.")
     lr: float = HfArg(default=3e-3, help="Peak learning rate.")
@@ -88,13 +89,13 @@ def trace(rng: random.Random, guided: float = Args.guided, give_up: float = Args
     spec = tasks.TASKS["countdown-tiny"]
     while True:
         numbers = tuple(rng.randint(1, spec.largest) for _ in range(rng.choice(spec.sizes)))
-        solution = tasks.random_expression(numbers, rng)
+        solution = random_expression(numbers, rng)
         target = solution[1]
-        if 10 <= target <= 99 and tasks.split_of(numbers, target) == "train":
+        if 10 <= target <= 99 and split_of(numbers, target) == "train":
             break
     tries = []
     for _ in range(MAX_TRIES):
-        one = solution if rng.random() < guided else tasks.random_expression(numbers, rng)
+        one = solution if rng.random() < guided else random_expression(numbers, rng)
         if one in tries:
             continue
         tries.append(one)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import parallel
 import rollout
 import tasks
+from node import ranks
 
-ROOT = Path(parallel.__file__).parent
+ROOT = Path(ranks.__file__).parents[1]
 
 
 def torchrun(ranks, *argv, timeout=240):
@@ -32,8 +32,8 @@ def test_one_and_two_ranks_train_alike_on_the_same_rollouts(tmp_path):
     groups = actor.generate([p.prompt for p in problems], n=8, max_tokens=80)
     sampled = {p.prompt: g for p, g in zip(problems, groups)}
     (tmp_path / "rollouts").write_bytes(pickle.dumps((problems, sampled)))
-    for ranks in (1, 2):
-        done = torchrun(ranks, "tests/replay.py", tmp_path / "rollouts", tmp_path / str(ranks))
+    for count in (1, 2):
+        done = torchrun(count, "tests/replay.py", tmp_path / "rollouts", tmp_path / str(count))
         assert done.returncode == 0, done.stderr[-20000:]
     one, two = (json.loads((tmp_path / name).read_text()) for name in "12")
     assert sum(r["grad_norm"] > 0 for r in one) == 3, "all three steps learned something"
@@ -49,10 +49,25 @@ def test_one_and_two_ranks_train_alike_on_the_same_rollouts(tmp_path):
     assert apart < 0.05 * moved, (apart, moved)
 
 
+@pytest.mark.vllm
 def test_two_ranks_with_vllm_train_save_and_resume(tmp_path):
     # Groups of two, mostly of equal reward: steps without a gradient happen, and are saved like others.
-    small = ["--prompts", 5, "--group", 2, "--updates", 2, "--eval_problems", 5, "--max_tokens", 64, "--save_every", 2]
-    done = torchrun(2, "train.py", *small, "--steps", 2, "--out", tmp_path / "run", "--checkpointing")
+    small = [
+        "--prompts",
+        5,
+        "--group",
+        2,
+        "--minibatches",
+        2,
+        "--eval_problems",
+        5,
+        "--max_tokens",
+        64,
+        "--gradient_checkpointing",
+        "--save_every",
+        2,
+    ]
+    done = torchrun(2, "train.py", *small, "--out", tmp_path / "run", "--steps", 2)
     assert done.returncode == 0, done.stderr[-20000:]
     assert done.stdout.count("held-out success before") == 1, "only rank 0 talks"
     done = torchrun(2, "train.py", "--resume", tmp_path / "run", "--steps", 3)
@@ -74,12 +89,13 @@ def test_two_ranks_with_vllm_train_save_and_resume(tmp_path):
 
 def test_a_rank_that_fails_ends_the_run_with_its_message(tmp_path):
     (tmp_path / "one.py").write_text(
-        "import parallel, torch\n"
-        "parallel.start()\n"
-        "parallel.any_rank(False)\n"
-        "if parallel.rank() == 1:\n"
-        "    parallel.fail('rank one has had enough')\n"
-        "parallel.total(torch.zeros(1))\n"
+        "import torch\n"
+        "from node import ranks\n"
+        "ranks.start()\n"
+        "ranks.any_rank(False)\n"
+        "if ranks.rank() == 1:\n"
+        "    ranks.fail('rank one has had enough')\n"
+        "ranks.all_reduce_sum(torch.zeros(1))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [

@@ -3,8 +3,9 @@ r"""Is the answer in the last \boxed{...} of a response right? Never raises, nev
 Most answers are settled here, by comparing tidied text and whole numbers. The rest go to math-verify, which knows that
 0.5 is \frac{1}{2}; but sympy under it will start to compute 10^{10^{10}}, and its own timeouts are alarms, which only a
 main thread can set and no big-number operation obeys. So math-verify runs without them in a process of its own, with
-limited memory, that is killed when an answer takes too long, and started again. This file is both sides of the pipe:
-imported it asks, run it serves. The worker imports nothing of the caller's, neither its __main__ nor torch.
+limited memory and computing time, that the kernel ends when an answer takes too long, and that is then started again.
+This file is both sides of the pipe: imported it asks, run it serves. The worker imports nothing of the caller's,
+neither its __main__ nor torch.
 """
 
 import atexit
@@ -20,9 +21,11 @@ import threading
 from functools import lru_cache
 
 LONGEST = 1_000  # characters of an answer; a longer one is wrong
-DEADLINE = 5.0  # seconds that math-verify may spend on one answer; a later one is wrong
-START = 60.0  # seconds that the worker may take to start, on a busy machine
+DEADLINE = 5.0  # seconds of computing that math-verify may spend on one answer; a longer one is wrong
+START = 60.0  # seconds by the clock that the worker may take to start
+PATIENCE = 60.0  # and that it may take to answer, on a machine too busy to give it DEADLINE seconds of computing
 MEMORY = 1 << 30  # bytes that the worker may map
+READY = b"r"  # what the worker says first; verdicts are 1 and 0
 
 
 def maths(target: str, text: str) -> float:
@@ -32,7 +35,14 @@ def maths(target: str, text: str) -> float:
     (1.0, 0.0, 0.0)
     """
     answer = last_boxed(text)
-    return float(answer is not None and _same(target, answer))
+    try:
+        return float(answer is not None and _same(target, answer))
+    except NoVerdict:
+        return 0.0
+
+
+class NoVerdict(Exception):
+    """The judge failed, not the answer: its process did not start or was killed. Such a 0 is not remembered."""
 
 
 def choice(target: str, text: str) -> float:
@@ -95,35 +105,50 @@ _worker: subprocess.Popen | None = None
 
 def check() -> None:
     """Start math-verify's process; ValueError, in one line, when it does not answer (say, is not installed)."""
-    if not _ask("0.5", r"\frac{1}{2}"):
+    try:
+        works = _ask("0.5", r"\frac{1}{2}")
+    except NoVerdict:
+        works = False
+    if not works:
         raise ValueError("math-verify, which judges maths answers, does not run: pip install -r requirements.txt")
 
 
 def _ask(target: str, answer: str) -> bool:
-    """math-verify's verdict; False when it comes too late, or the worker dies over it."""
-    global _worker
-    request, reply = json.dumps([target, answer]).encode() + b"\n", b""
+    """math-verify's verdict; False when its process dies of this answer. NoVerdict when it fails for other reasons."""
     with _lock:
+        reply, exit_code = b"", None
         try:
             if _worker is None or _worker.poll() is not None:
-                _stop()
-                _worker = subprocess.Popen(
-                    [sys.executable, "-P", __file__],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    bufsize=0,
-                    start_new_session=True,  # Ctrl-C is the caller's to handle: here it would spoil a verdict
-                )
-                _read(START)
-            _worker.stdin.write(request)
-            reply = _read(DEADLINE)
+                _start()
+            _worker.stdin.write(json.dumps([target, answer, DEADLINE]).encode() + b"\n")
+            reply = _read(PATIENCE)
         except OSError:  # it died before it could read
             pass
         finally:
-            if not reply:  # dead, too late or interrupted: a late reply must not answer the next question
-                _stop()
+            if reply not in (
+                b"1",
+                b"0",
+            ):  # dead, too late or interrupted: a late reply must not answer the next question
+                exit_code = _stop()
+    if exit_code == -signal.SIGKILL:  # by us, out of patience, or by the system
+        raise NoVerdict
     return reply == b"1"
+
+
+def _start() -> None:
+    """A new worker, once it has said that it is ready. NoVerdict when it does not."""
+    global _worker
+    _stop()
+    _worker = subprocess.Popen(
+        [sys.executable, "-P", __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+        start_new_session=True,  # Ctrl-C is the caller's to handle: here it would spoil a verdict
+    )
+    if _read(START) != READY:
+        raise NoVerdict
 
 
 def _read(seconds: float) -> bytes:
@@ -134,14 +159,16 @@ def _read(seconds: float) -> bytes:
 
 
 @atexit.register
-def _stop() -> None:
+def _stop() -> int | None:
+    """End the worker, if there is one. Returns its exit code: that of its own end if it was dead already."""
     global _worker
-    if _worker is not None:
-        _worker.kill()
-        _worker.stdin.close()
-        _worker.stdout.close()
-        _worker.wait()
-        _worker = None
+    if _worker is None:
+        return None
+    _worker.kill()
+    _worker.stdin.close()
+    _worker.stdout.close()
+    worker, _worker = _worker, None
+    return worker.wait()
 
 
 def _forget() -> None:
@@ -154,7 +181,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def _serve() -> None:
-    """The worker: one byte when ready, then for each line of JSON, [target, answer], one byte, 1 or 0."""
+    """The worker: READY, then for each line of JSON, [target, answer, seconds], one byte, 1 or 0."""
     import logging
 
     from math_verify import parse
@@ -162,13 +189,14 @@ def _serve() -> None:
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable()  # it would warn that its timeouts are off
-    os.write(1, b"1")
+    os.write(1, READY)
     for line in sys.stdin:
-        # Nothing handles this alarm, so the kernel ends the process, even when its parent is gone and cannot.
-        signal.setitimer(signal.ITIMER_REAL, 2 * DEADLINE)
-        target, answer = (parse(rf"\boxed{{{x}}}", parsing_timeout=None) for x in json.loads(line))
-        verdict = equal(target, answer, timeout_seconds=None)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        target, answer, seconds = json.loads(line)
+        # Nothing handles this signal, so the kernel ends the process, whatever it is in the middle of.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        expressions = (parse(rf"\boxed{{{x}}}", parsing_timeout=None) for x in (target, answer))
+        verdict = equal(*expressions, timeout_seconds=None)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         os.write(1, b"1" if verdict else b"0")
 
 

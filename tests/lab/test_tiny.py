@@ -7,8 +7,9 @@ import torch
 
 import metrics
 import tasks
-import tiny
-from rollout import Rollout, load_model, pack
+from lab import tiny
+from rollout import Rollout, load_model, pad_batch
+from tasks import countdown
 
 
 def test_the_shipped_model_is_the_described_one():
@@ -26,8 +27,8 @@ def test_the_shipped_model_is_the_described_one():
 def test_the_shipped_model_has_its_stated_skills():
     torch.manual_seed(0)
     model, _ = load_model("assets/tiny")
-    skills = tiny.skills(model, tasks.load("countdown-tiny"))
-    assert 0.27 < skills["success"] < 0.36, "README: about 31 %; 1,024 answers, standard error 1.4 points"
+    skills = tiny.skills(model, tasks.load("countdown-tiny", n=256))
+    assert 0.25 < skills["success"] < 0.37, "README: about 31 %; 512 answers, standard error 2 points"
     assert skills["arithmetic"] > 0.975 and skills["judgement"] > 0.975
 
 
@@ -38,7 +39,7 @@ def test_traces_are_honest():
         prompt, text = tiny.trace(rng)
         numbers, target = prompt.split("\n")[0].split(">")
         problem = tasks.Problem(prompt, "countdown-tiny", tuple(map(int, numbers.split())), int(target))
-        assert tasks.split_of(problem.numbers, problem.target) == "train"
+        assert countdown.split_of(problem.numbers, problem.target) == "train"
         assert ("y</think>" in text) == (tasks.reward(problem, text) == 1.0)
         assert tiny.tokenizer().unk_token_id not in tiny.tokenizer()(prompt + text).input_ids
         solved += tasks.reward(problem, text)
@@ -54,10 +55,10 @@ def test_its_attention_has_structure():
         ids = tokenizer(text).input_ids
         if len(ids) > 50:
             rollouts.append(Rollout(tokenizer(prompt).input_ids, ids, [0.0] * len(ids), text, False))
-    ids, mask, _ = pack(rollouts)
+    ids, mask, _ = pad_batch(rollouts)
     s = metrics.observe(model, ids, mask)
     assert s.heads.layers == [4, 5, 6, 7, 8] and s.heads.spans.shape == (5, 4)
-    near, far = s.heads.spans[s.heads.local].mean(), s.heads.spans[s.heads.far].mean()
+    near, far = s.heads.spans[s.heads.is_local].mean(), s.heads.spans[s.heads.is_global].mean()
     assert far > 2 * near, f"spans {near:.1f} and {far:.1f} tokens"
     waad, fai = s.waad[mask], s.fai[mask & (s.fai > 0)]
     assert waad.std() > 0.15 * waad.mean() and fai.std() > 0.5 * fai.mean()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-import alignment
 import grpo
+from lab import alignment
 from rollout import load_model
 
 

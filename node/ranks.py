@@ -9,18 +9,16 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from types import MethodType
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from grpo import local_logprobs
 
-
-def world() -> int:
+def world_size() -> int:
     """How many ranks there are: torchrun's WORLD_SIZE, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -36,10 +34,10 @@ def start() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    if not dist.is_initialized() and (world() > 1 or on_gpu):
+    if not dist.is_initialized() and (world_size() > 1 or on_gpu):
         # Objects and flags go over gloo, tensors on a GPU over NCCL. Alone on a GPU there is a group of one, so that
         # weights in float32 and passes in bfloat16 come from FSDP there too.
-        where = {} if world() > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
+        where = {} if world_size() > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **where)
     return device
 
@@ -51,11 +49,34 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def say(text: str) -> None:
+    """Print it once, whatever the number of ranks."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def fail(message: str) -> None:
     """End the run with a message. Rank 0 speaks first; another one is heard if rank 0 had nothing to say."""
     if rank() > 0:
         time.sleep(5)
     sys.exit(f"error: {message}")
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Within the context, what is wrong with arguments, data or files ends the run with its message alone."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        fail(e)
+
+
+def decoder_layers(model) -> torch.nn.ModuleList:
+    """The model's decoder layers. ValueError for a model that keeps them elsewhere than the common ones."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        raise ValueError(f"{type(model).__name__} keeps no layers in get_decoder().layers: not supported here")
+    return layers
 
 
 def shard(model, device: torch.device):
@@ -67,21 +88,14 @@ def shard(model, device: torch.device):
     if not dist.is_initialized():
         return model.to(device)
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
-    if not hasattr(model.base_model, "layers"):
-        raise ValueError(
-            f"{type(model).__name__} keeps its layers elsewhere than in base_model.layers: not sharded yet"
-        )
-    mesh = dist.init_device_mesh(device.type, (world(),))
-    for layer in model.base_model.layers:
+    mesh = dist.init_device_mesh(device.type, (world_size(),))
+    for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    model.local_logprobs = MethodType(local_logprobs, model)  # FSDP gathers weights around a module's own methods only
-    register_fsdp_forward_method(model, "local_logprobs")
-    return model
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def weights(model) -> Iterator[tuple[str, Tensor]]:
-    """Every named weight, whole, one at a time: no device ever holds more than one besides its shards."""
+def named_weights(model) -> Iterator[tuple[str, Tensor]]:
+    """Every weight by name, whole, one at a time: no device ever holds more than one besides its shards."""
     for name, p in model.named_parameters():
         p = p.detach()
         yield name, p.full_tensor() if isinstance(p, DTensor) else p
@@ -89,25 +103,31 @@ def weights(model) -> Iterator[tuple[str, Tensor]]:
 
 def share(items: list) -> list:
     """This rank's part of a list."""
-    return items[rank() :: world()]
+    return items[rank() :: world_size()]
 
 
-def gather(mine: list) -> list:
-    """The whole list again, in its order, from each rank's part (all must call)."""
-    if world() == 1:
+def all_gather(mine: list) -> list:
+    """The whole list again, in its order, from each rank's share (all must call)."""
+    if world_size() == 1:
         return mine
-    parts = [None] * world()
+    parts = [None] * world_size()
     dist.all_gather_object(parts, mine)
-    return [parts[i % world()][i // world()] for i in range(sum(map(len, parts)))]
+    total = sum(len(part) for part in parts)
+    return [parts[i % world_size()][i // world_size()] for i in range(total)]
 
 
-def total(x: Tensor) -> Tensor:
+def from_rank_0(value):
+    """Rank 0's value, on every rank (all must call)."""
+    return all_gather([value])[0]
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum over the ranks (all must call)."""
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
 def any_rank(flag: bool) -> bool:
     """Whether it is so on any rank (all must call)."""
-    return bool(total(torch.tensor(float(flag))) > 0)
+    return bool(all_reduce_sum(torch.tensor(float(flag))) > 0)

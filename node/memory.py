@@ -1,4 +1,6 @@
-"""GPU memory that training takes, by formula: python memory.py prints the table for Qwen3. Computed, not run on a GPU.
+"""GPU memory that training takes, by formula. Computed, not run on a GPU.
+
+    python -m node.memory      the table for Qwen3
 
 P is the number of weights (a tied head counts once), c the bytes of a number in the forward pass (2: bfloat16), d the
 width of the residual stream, q and k those of all queries and of all keys, m the MLP's, H the number of heads. FSDP2
@@ -30,6 +32,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from grpo import CHUNK
+from node.output import markdown
+from node.ranks import decoder_layers
 
 GIB = 2**30
 GPU_GIB, CONTEXT, KV_CACHE_GIB = 80, 1280, 8.0  # what the table assumes
@@ -57,9 +61,7 @@ def parameters(config) -> tuple[int, int]:
     """Number of weights of the whole model, a tied head counted once, and of its largest layer. No memory is taken."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    if not hasattr(model.base_model, "layers"):
-        raise ValueError(f"{type(model).__name__} keeps its layers elsewhere than in base_model.layers: no formula yet")
-    count = [sum(p.numel() for p in module.parameters()) for module in (model, *model.base_model.layers)]
+    count = [sum(p.numel() for p in module.parameters()) for module in (model, *decoder_layers(model))]
     return count[0], max(count[1:])
 
 
@@ -145,13 +147,13 @@ def table() -> str:
         "vLLM", "peak, vLLM asleep", "awake", "fits asleep, awake", "largest micro_tokens, checkpointed",
         "rows in the cache",
     )  # fmt: skip
-    lines = [head, ["---"] * len(head)]
+    rows = [list(head)]
     for size in QWEN3:
         config = qwen3(size)
         for world in (1, 8):
             how = dict(world=world, kv_cache_gib=KV_CACHE_GIB)
             gib, checkpointed = estimate(config, **how), estimate(config, checkpointing=True, **how)
-            lines.append([
+            rows.append([
                 size, f"{world}", f"{gib['weights'] + gib['gradients'] + gib['AdamW']:.1f}",
                 f"{gib['gathered'] + gib['unreduced gradients']:.1f}",
                 f"{gib['activations']:.1f}, {checkpointed['activations']:.1f}", f"{gib['logits']:.1f}",
@@ -163,7 +165,7 @@ def table() -> str:
                 ),
                 f"{int(KV_CACHE_GIB * GIB / cache_bytes(config) / CONTEXT)}",
             ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(rows)
 
 
 if __name__ == "__main__":

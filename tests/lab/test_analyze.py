@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 from transformers import HfArgumentParser
 
-import analyze
-import linkage
-import report
 import rollout
+from lab import analyze, linkage, report
 
 
 def run(*argv):
@@ -40,6 +38,7 @@ class Page(HTMLParser):
             self.spans[-1] += data
 
 
+@pytest.mark.vllm
 def test_the_whole_analysis_with_vllm(tmp_path, capsys):
     out = tmp_path / "evidence"
     run("--problems", 12, "--out", out)
@@ -96,7 +95,7 @@ def test_the_page_escapes_whatever_a_model_writes():
 
 
 def test_the_run_that_was_logged_is_plotted(tmp_path, capsys):
-    stability = {"local heads": 0.8, "far heads": 0.9, "WAAD rank correlation": 0.7, "FAI rank correlation": 0.6}
+    stability = {"local heads": 0.8, "global heads": 0.9, "WAAD rank correlation": 0.7, "FAI rank correlation": 0.6}
     stability |= dict.fromkeys(linkage.LINKS, 0.1)
     lines = [{"step": s, "success": 0.2 + s / 100, "half_width_95": 0.02, "stability": stability} for s in (0, 20, 40)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"step": 1, "reward": 0.5}])))

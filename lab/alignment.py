@@ -1,7 +1,7 @@
 """Why does a credit learn faster, or not? How well the gradient of one minibatch points to where success rises.
 
-    python alignment.py                                        the embedded model before training
-    python alignment.py --model runs/NAME/checkpoint-40        after it
+    python -m lab.alignment                                    the embedded model before training
+    python -m lab.alignment --model runs/NAME/checkpoint-40    after it
 
 A learning curve is noisy: two runs that differ by nothing but rounding end some points apart. This measures the arms of
 experiment.py at a fixed policy instead. Of many rollouts one half gives the gradient of expected success by its
@@ -34,26 +34,26 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-import config
-import experiment
-import report
+import credit
 import tasks
+import train
 from grpo import check_head, group_advantages, micro_batches, shape_advantages, token_logprobs
-from rollout import load_model, pack, start_actor
-from train import gammas, measure_heads, score
+from lab import experiment
+from node.output import markdown
+from rollout import EMBEDDED, load_model, pad_batch, start_actor
 
 
 @dataclass
 class Args:
     """Compare the arms' gradients with that of expected success."""
 
-    model: str = HfArg(default="assets/tiny", help="Folder or hub name of a transformers checkpoint.")
+    model: str = HfArg(default=EMBEDDED, help="Folder or hub name of a transformers checkpoint.")
     task: str = HfArg(default="countdown-tiny", help=f"One of: {', '.join(tasks.TASKS)}.")
     arms: list[str] = HfArg(
         default_factory=lambda: [*experiment.MAIN, *experiment.ABLATIONS], help="As experiment.py's; uniform is added."
     )
     problems: int = HfArg(default=512, help="Training problems; half of them for grad J.")
-    amp: float = HfArg(default=1.5, help="gamma_amp of all arms.")
+    gamma_amp: float = HfArg(default=1.5, help="Of all arms.")
     group: int = HfArg(default=8, help="G, responses to each problem.")
     minibatch: int = HfArg(default=8, help="Problems in a minibatch.")
     max_tokens: int = HfArg(default=128, help="Longest response.")
@@ -82,7 +82,7 @@ def speeds(gradients: Tensor, target: Tensor, draws: Tensor) -> np.ndarray:
         torch.nn.functional.cosine_similarity(x, target[None], dim=1, eps=1e-20) for x in (gradients, with_rms)
     )
     size = torch.einsum("dm,mn,dn->d", draws, gradients @ gradients.T, draws).sqrt() * target.norm()
-    return torch.stack([draws @ each, draws @ (gradients @ target) / size, draws @ preconditioned], 1).numpy()
+    return torch.stack([draws @ each, draws @ (gradients @ target) / size, draws @ preconditioned], 1).cpu().numpy()
 
 
 def main(args: Args) -> None:
@@ -98,32 +98,43 @@ def main(args: Args) -> None:
         model, tokenizer = load_model(args.model)
         check_head(model)
         problems = tasks.load(args.task, "train", args.problems, seed=args.seed)
-        actor = start_actor(args.engine, args.model, context=512, seed=args.seed, model=model, tokenizer=tokenizer)
+        actor = start_actor(args.engine, args.model, 512, args.seed, model=model, tokenizer=tokenizer)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     rollouts = actor.generate([p.prompt for p in problems], args.group, args.max_tokens, progress=True)
     actor.close()
     rewards = torch.tensor([[tasks.reward(p, r.text) for r in group] for p, group in zip(problems, rollouts)])
-    input_ids, mask, _ = pack([r for group in rollouts for r in group])  # [R,N]
-    rows, signals = torch.arange(len(mask)), []
+    device = model.device
+    input_ids, mask, _ = (x.to(device) for x in pad_batch([r for group in rollouts for r in group]))  # [B,N]
+    rows, signals = torch.arange(len(mask), device=device), []  # without and with all heads
     for all_heads in (False, True):
-        how = replace(config.Args(), all_heads=all_heads)
-        signals.append(score(how, model, input_ids, mask, rows, measure_heads(how, model, input_ids, mask, rows[:32])))
+        arm = replace(train.Args(), all_heads=all_heads)
+        heads = train.measure_heads(arm, model, input_ids, mask, rows[: train.SPAN_ROWS])
+        signals.append(train.score(arm, model, input_ids, mask, rows, heads))
 
     first, second = rows.chunk(2)
     baseline = (rewards.sum(1, keepdim=True) - rewards) / (args.group - 1)
-    target = gradient(model, input_ids, mask, (rewards - baseline).flatten()[:, None] * mask, first)
-    advantages, per_token = group_advantages(rewards).flatten(), mask / mask.sum(1, keepdim=True).clamp(min=1)
+    target = gradient(model, input_ids, mask, (rewards - baseline).flatten()[:, None].to(device) * mask, first)
+    advantages, per_token = (
+        group_advantages(rewards).flatten().to(device),
+        mask / mask.sum(1, keepdim=True).clamp(min=1),
+    )
     minibatches = second.split(args.minibatch * args.group)
     share = np.full(len(minibatches), 1 / len(minibatches))
     resampled = np.random.default_rng(0).multinomial(len(share), share, 2000) / len(share)
-    draws = torch.tensor(np.vstack([share, resampled])).float()  # [1 + resamples, minibatches]: first as it is
+    draws = (
+        torch.tensor(np.vstack([share, resampled])).float().to(device)
+    )  # [1 + resamples, minibatches]: first as it is
 
     table, uniform = [["arm", "one minibatch", "all minibatches", "AdamW", "mean γ", "γ at choices"]], None
-    for arm in tqdm(["uniform", *(a for a in args.arms if a != "uniform")], desc="arms"):
-        (how,) = HfArgumentParser(config.Args).parse_args_into_dataclasses([*experiment.ARMS[arm], f"--amp={args.amp}"])
-        gamma = gammas(how, signals[how.all_heads], mask, torch.Generator().manual_seed(args.seed))
-        weights = shape_advantages(advantages, gamma, how.sign) * per_token
+    for name in tqdm(["uniform", *(a for a in args.arms if a != "uniform")], desc="arms"):
+        flags = [*experiment.ARMS[name], f"--gamma_amp={args.gamma_amp}"]
+        (arm,) = HfArgumentParser(train.Args).parse_args_into_dataclasses(flags)
+        gamma = credit.assign_credit(
+            arm.credit, signals[arm.all_heads], mask, arm.q, arm.gamma_amp, arm.alpha, arm.k, arm.lowest,
+            arm.on_produced, torch.Generator().manual_seed(args.seed),
+        )  # fmt: skip
+        weights = shape_advantages(advantages, gamma, arm.sign) * per_token
         speed = speeds(
             torch.stack([gradient(model, input_ids, mask, weights, part) for part in minibatches]), target, draws
         )
@@ -135,8 +146,8 @@ def main(args: Args) -> None:
             cells = [f"{g:+.1f} ({low:+.1f} to {high:+.1f})" for g, (low, high) in zip(gain[0], ends)]
         entropy = signals[0].entropy[mask]
         mean, choices = gamma[mask].mean(), (gamma[mask] * entropy).sum() / entropy.sum()
-        table.append([arm, *cells, f"{mean:.2f}", f"{choices / mean:.2f}"])
-    text = report.markdown(table)
+        table.append([name, *cells, f"{mean:.2f}", f"{choices / mean:.2f}"])
+    text = markdown(table)
     Path(args.out).write_text(text + "\n")
     print(
         f"{text}\n\nuniform: cosine with the gradient of success; others: % more than uniform. {len(minibatches)} "

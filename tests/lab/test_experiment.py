@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from transformers import HfArgumentParser
 
-import config
-import experiment
+import train
+from lab import experiment
+from node import prepare
+from rollout import EMBEDDED, fill_defaults
 
 
 def write(folder, arm, seed, curve):
@@ -40,13 +42,13 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
 
 
 def test_every_arm_is_a_run_that_could_start_and_differs_in_gamma_alone():
-    parser = HfArgumentParser(config.Args)
+    parser = HfArgumentParser(train.Args)
     allowed = {"credit", "lowest", "q", "sign", "all_heads", "on_produced"}
     for setting, (shared, arms) in experiment.SETTINGS.items():
         (plain,) = map(vars, parser.parse_args_into_dataclasses(shared.split()))
         for flags in arms.values():
             (args,) = parser.parse_args_into_dataclasses([*shared.split(), *flags])
-            config.check(args)
+            prepare.check(fill_defaults(args, train.DEFAULTS, EMBEDDED)[0])
             changed = {name for name, value in vars(args).items() if value != plain[name]}
             assert changed <= allowed | ({"lr"} if "study" in setting else set())
         paths = {experiment.record_of(experiment.Args(setting), arm, 0) for arm in arms}
@@ -57,7 +59,7 @@ def test_the_committed_tables_come_from_the_committed_records():
     """Byte for byte, and every arm has the seeds that the protocol asks for."""
     for setting, (_, arms) in experiment.SETTINGS.items():
         found = experiment.curves(experiment.Args(setting))
-        assert experiment.table(found) + "\n" == Path(f"experiment/{setting}.md").read_text()
+        assert experiment.table(found) + "\n" == Path(f"lab/records/{setting}.md").read_text()
         if "study" not in setting:
             assert {a: list(found[a]) for a in arms} == {a: list(experiment.default_seeds(a)) for a in arms}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-import bench
+from lab import bench
 
 
 def test_one_layer(capsys):

@@ -1,8 +1,8 @@
 """The evidence, to look at: does attention show the preplan-and-anchor rhythm (arXiv 2510.13554, Sec. 4)?
 
-    python analyze.py                                         the embedded model, on held-out problems
-    python analyze.py --model Qwen/Qwen3-4B-Base --task gsm8k --max_tokens 1024
-    python analyze.py --run runs/countdown-tiny-coupled-1     how the signals held while a run moved the weights
+    python -m lab.analyze                                         the embedded model, on held-out problems
+    python -m lab.analyze --model Qwen/Qwen3-4B-Base --task gsm8k
+    python -m lab.analyze --run runs/NAME                         the signals through a run with --watch_signals
 
 Samples a response to each problem, looks at every head's maps, and writes a folder: index.html (the responses to hover
 over, all tables, all pictures, in one file), the pictures as PNG, tables.md, and analysis.json with every figure.
@@ -27,38 +27,50 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers import AutoModelForCausalLM, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
 import credit
-import linkage
-import perturb
-import report
 import tasks
 from eval import evaluate
 from grpo import check_head
 from heads import attention_maps, layer_range, record, split_heads
-from rollout import load_model, pack, start_actor
-from runs import new_run_folder
+from lab import linkage, perturb, report
+from node.output import markdown, minutes
+from node.run import new_folder, write_args
+from rollout import EMBEDDED, check_length, fill_defaults, load_model, pad_batch, start_actor
 
 PAGES = 6  # responses shown on the page
+DEFAULTS = {  # of arguments that are not given: for the embedded model and what is trained from it; for any other model
+    "task": ("countdown-tiny", "gsm8k"),
+    "max_tokens": (128, 1024),
+    "kv_cache_gib": (0.5, 8.0),
+}
 
 
 @dataclass
 class Args:
     """Look for the preplan-and-anchor rhythm in a model's attention; or, with --run, at how it fared in training."""
 
-    model: str = HfArg(default="assets/tiny", help="Folder or hub name of a transformers checkpoint.")
-    task: str = HfArg(default="countdown-tiny", help=f"One of: {', '.join(tasks.TASKS)}.")
+    model: str = HfArg(default=EMBEDDED, help="Folder or hub name of a transformers checkpoint.")
+    task: str | None = HfArg(
+        default=None,
+        help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the embedded model, gsm8k for any other).",
+    )
     data: str | None = HfArg(default=None, help="Local JSON, JSONL or parquet file in place of the task's dataset.")
-    run: str | None = HfArg(default=None, help="Plot the stability that this run of train.py logged; nothing else.")
+    run: str | None = HfArg(default=None, help="Plot what this run of train.py --watch_signals logged; nothing else.")
     problems: int = HfArg(default=70, help="Held-out problems, one response each.")
     temperature: float = HfArg(default=0.7, help="Of the sampled responses.")
-    max_tokens: int = HfArg(default=128, help="Longest response, and longest continuation.")
+    max_tokens: int | None = HfArg(
+        default=None,
+        help="Longest response and continuation (default: 128 for the embedded model, 1024 for any other).",
+    )
     top_k: int = HfArg(default=3, help="Other tokens forced at a position.")
     positions: int = HfArg(default=3, help="Positions of highest, and of lowest FAI in a response.")
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
-    kv_cache_gib: float = HfArg(default=0.5, help="vLLM's cache: more lets it generate more responses at once.")
+    kv_cache_gib: float | None = HfArg(
+        default=None, help="vLLM's cache, for more responses at once (default: 0.5 for the embedded model, 8)."
+    )
     seed: int = HfArg(default=0, help="Seed of sampling and of the random weights.")
     micro_tokens: int = HfArg(default=2048, help="Tokens in one forward pass.")
     out: str | None = HfArg(default=None, help="Folder to write; it must be new (default: a new one under runs/).")
@@ -113,9 +125,9 @@ def described(tokenizer, problem, rollout, response: linkage.Response) -> dict:
 
 
 def mean_maps(model, ids: list[int], first: int, layers: list[int], spans: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Eq. 8 for one sequence: mean maps of the local and of the far heads, response rows and columns; [T,T] each."""
+    """Eq. 8 for one sequence: mean maps of the local and of the global heads, response rows and columns; [T,T] each."""
     with torch.no_grad(), record(model, layers) as recorded:
-        model.base_model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+        model.get_decoder()(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
     maps = torch.cat([attention_maps(recorded[layer])[0] for layer in layers])[:, first:, first:].cpu()  # [heads,T,T]
     return tuple(maps[group].mean(0).numpy() for group in split_heads(spans))
 
@@ -128,12 +140,12 @@ def stability(args: Args) -> None:
     except OSError as e:
         sys.exit(f"error: --run {args.run}: cannot read {log} ({e.strerror}); give the folder of a run of train.py")
     if not records:
-        sys.exit(f"error: --run {args.run}: {log} has no evaluation with a stability record (older run?)")
+        sys.exit(f"error: --run {args.run}: {log} has no stability record: train with --watch_signals")
     path = Path(args.run) / "stability.png"
     report.stability_figure(records, path)
     rows = [["", *(f"step {r['step']}" for r in records)], ["success", *(f"{r['success']:.3f}" for r in records)]]
     rows += [[name, *(f"{r['stability'][name]:.2f}" for r in records)] for name in records[0]["stability"]]
-    print(report.markdown(rows))
+    print(markdown(rows))
     print(f"stability over {len(records)} evaluations: {path}")
 
 
@@ -142,6 +154,8 @@ def main(args: Args) -> None:
         return stability(args)
     started = time.perf_counter()
     try:
+        args, note = fill_defaults(args, DEFAULTS, args.model)
+        print(note)
         for name, least in (("problems", 10), ("max_tokens", 16), ("top_k", 1), ("positions", 1), ("micro_tokens", 1)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name} {getattr(args, name)}: must be {least} or more")
@@ -153,17 +167,14 @@ def main(args: Args) -> None:
             raise ValueError(f"--top_k {args.top_k}: there are {others} other tokens to force")
         if not 0 <= args.temperature < float("inf"):
             raise ValueError(f"--temperature {args.temperature}: 0 (greedy) or above")
-        context = max(map(len, tokenizer([p.prompt for p in problems]).input_ids)) + 2 * args.max_tokens
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", context)
-        if context > longest:
-            raise ValueError(f"--max_tokens {args.max_tokens}: prompt, response and continuation take {context}, "
-                             f"{args.model} reads {longest}")  # fmt: skip
-        folder = new_run_folder(args, f"analysis-{args.task}")
+        longest_prompt = max(map(len, tokenizer([p.prompt for p in problems]).input_ids))
+        max_model_len = longest_prompt + 2 * args.max_tokens  # a continuation may be as long as a response
+        check_length(args.model, model.config, max_model_len, f"--max_tokens {args.max_tokens}")
+        folder = new_folder(args.out, f"analysis-{args.task}")
+        write_args(args, folder)
         print(f"{folder}: starting {args.engine}", flush=True)
-        actor = start_actor(
-            args.engine, args.model, context, args.seed, args.kv_cache_gib, model=model, tokenizer=tokenizer
-        )
-        torch.manual_seed(args.seed)
+        actor = start_actor(args.engine, args.model, max_model_len, args.seed, args.kv_cache_gib, model, tokenizer)
+        set_seed(args.seed)
         rollouts, rewards = evaluate(actor, problems, 1, args.max_tokens, args.temperature)
         rollouts = [r[0] for r in rollouts]
         long = [i for i, r in enumerate(rollouts) if len(r.ids) > linkage.H_LO + 10]
@@ -172,7 +183,7 @@ def main(args: Args) -> None:
                              f"{linkage.H_LO + 10} tokens; nothing can be said of them")  # fmt: skip
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    input_ids, mask, _ = (x.to(model.device) for x in pack(rollouts))
+    input_ids, mask, _ = (x.to(model.device) for x in pad_batch(rollouts))
     count = model.config.get_text_config().num_hidden_layers
     layers = {where: layer_range(count, where) for where in ("middle", "bottom", "top")}
 
@@ -193,8 +204,8 @@ def main(args: Args) -> None:
         "args": asdict(args),
         "success": rewards.mean().item(),
         "receiver heads in H_glob": overlap,
-        "table 2": {how: linkage.table(responses, how) for how in tqdm(linkage.PEAKS, "linkage")},
-        "floor": {how: linkage.table(floor, how) for how in linkage.PEAKS},
+        "table 2": {definition: linkage.table(responses, definition) for definition in tqdm(linkage.PEAKS, "linkage")},
+        "floor": {definition: linkage.table(floor, definition) for definition in linkage.PEAKS},
         "by layers and split": by_layers_and_split(looks),
         "offsets": linkage.offsets(responses),
         "separators": separators(tokenizer, rollouts, responses),
@@ -221,19 +232,18 @@ def main(args: Args) -> None:
     intro = (
         f"{len(rollouts)} responses to {args.task}, temperature {args.temperature}, "
         f"{100 * found['success']:.1f} % right. "
-        f"{100 * overlap:.0f} % of the receiver heads are far heads (30 % by chance)."
+        f"{100 * overlap:.0f} % of the receiver heads are global heads (30 % by chance)."
     )
     images = [folder / f"{name}.png" for name in ("maps", "linkage", "offsets", "perturbation")]
     (folder / "index.html").write_text(report.page(title, intro, found, texts, images))
-    text = "\n\n".join(f"### {name}\n\n{report.markdown(rows)}" for name, rows in tables.items())
+    text = "\n\n".join(f"### {name}\n\n{markdown(rows)}" for name, rows in tables.items())
     (folder / "tables.md").write_text(text)
     (folder / "analysis.json").write_text(json.dumps(found, indent=1))
 
     print(text)
     main = found["table 2"][linkage.PEAKS[0]]
     lifts = ", ".join(f"{name} {100 * main[name]['lift'][0]:+.0f} %" for name in report.PAPER_LINKS)
-    minutes, seconds = divmod(round(time.perf_counter() - started), 60)
-    print(f"lifts over random: {lifts}; {minutes} min {seconds} s: {folder}/index.html")
+    print(f"lifts over random: {lifts}; {minutes(time.perf_counter() - started)}: {folder}/index.html")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What the signals cost. Every ratio is of times measured in turns, in one process.
 
-    python bench.py                                     a scoring pass of Qwen3-0.6B's shape, at 1k and 4k tokens
-    python bench.py --table layer --lengths 4096 16384 32768      one layer of that shape: growth, and against maps
-    pip install trl==1.16.0; python bench.py --table step --repeats 20       our training step against TRL's
+    python -m lab.bench                                                a scoring pass of Qwen3-0.6B's shape
+    python -m lab.bench --table layer --lengths 4096 16384 32768       one layer of that shape, against full maps
+    pip install trl==1.16.0; python -m lab.bench --table step --repeats 20        our training step against TRL's
 
 Weights are random: time and memory do not depend on them. On a GPU it runs in bfloat16, on CPUs in float32.
 """
@@ -12,7 +12,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,7 +28,9 @@ import tasks
 import train
 from grpo import token_logprobs
 from heads import Recorded, fused_attention, middle_layers
-from rollout import load_model, start_actor
+from node.output import markdown
+from node.run import Clock
+from rollout import EMBEDDED, fill_defaults, load_model, start_actor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -48,11 +51,33 @@ class Args:
 
 def seconds(run: Callable) -> float:
     """Wall-clock seconds of one call."""
-    start = time.perf_counter()
-    run()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    clock = Clock()
+    with clock("run"):
+        run()
+    return clock.seconds["run"]
+
+
+@contextmanager
+def signals_timed() -> Iterator[Clock]:
+    """Within the context, the clock's "signals" counts what observe() spends on WAAD and FAI."""
+    clock, own = Clock(), {name: getattr(metrics, name) for name in ("streamed_waad", "streamed_fai")}
+
+    def timed(function: Callable) -> Callable:
+        def run(*args):
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()  # or the pass before it would be counted here
+            with clock("signals"):
+                return function(*args)
+
+        return run
+
+    try:
+        for name, function in own.items():
+            setattr(metrics, name, timed(function))
+        yield clock
+    finally:
+        for name, function in own.items():
+            setattr(metrics, name, function)
 
 
 def peak_mib(run: Callable) -> float:
@@ -93,8 +118,8 @@ def whole_pass(args: Args) -> None:
     )  # fmt: skip
     model = Qwen3ForCausalLM(config).to(DEVICE, DTYPE).eval()
     layers = middle_layers(config.num_hidden_layers)
-    print("| tokens | scoring pass | WAAD and FAI alone | pass with them | and the split | eager maps of five layers |")
-    print("|---|---|---|---|---|---|")
+    rows = [["tokens", "scoring pass", "WAAD and FAI alone", "pass with them", "and the split",
+             "eager maps of five layers"]]  # fmt: skip
     for n in args.lengths:
         ids = torch.randint(config.vocab_size, (1, n), device=DEVICE)
         mask = torch.arange(n, device=DEVICE)[None] >= 100
@@ -107,7 +132,9 @@ def whole_pass(args: Args) -> None:
         alone = []
 
         def signals(ids=ids, mask=mask, heads=heads, alone=alone) -> None:
-            alone.append(metrics.observe(model, ids, mask, heads).seconds)
+            with signals_timed() as clock:
+                metrics.observe(model, ids, mask, heads)
+            alone.append(clock.seconds["signals"])
 
         def eager(ids=ids, mask=mask, heads=heads) -> None:
             maps: dict[int, Tensor] = {}
@@ -122,9 +149,11 @@ def whole_pass(args: Args) -> None:
             model.set_attn_implementation("sdpa")
             for hook in hooks:
                 hook.remove()
-            local = sum(maps[layer][:, group].sum(1) for layer, group in zip(layers, heads.local)) / heads.local.sum()
-            far = sum(maps[layer][:, group].sum(1) for layer, group in zip(layers, heads.far)) / heads.far.sum()
-            metrics.waad(local, mask), metrics.fai(far, mask)
+            local_map, global_map = (
+                sum(maps[layer][:, chosen].sum(1) for layer, chosen in zip(layers, group)) / group.sum()
+                for group in (heads.is_local, heads.is_global)
+            )
+            metrics.waad(local_map, mask), metrics.fai(global_map, mask)
 
         runs = {
             "plain": plain,
@@ -138,29 +167,29 @@ def whole_pass(args: Args) -> None:
         cells = [f"{base:.2f} s, {floor:,.0f} MiB", f"{100 * statistics.median(alone) / base:.2f} %"]
         cells += [f"× {found[r][0] / base:.3f}, {found[r][1]:,.0f} MiB" for r in ("signals", "split")]
         cells += [f"× {found['eager'][0] / base:.2f}, {found['eager'][1]:,.0f} MiB" if "eager" in found else "not run"]
-        print(f"| {n:,} | " + " | ".join(cells) + " |", flush=True)
+        rows.append([f"{n:,}", *cells])
+    print(markdown(rows))
 
 
 def one_layer(args: Args) -> None:
-    """One layer's attention of 16 heads (8 key heads) of 128, five of them local, five far."""
-    print("| tokens | fused attention | WAAD, FAI | FAI to the end | spans | maps, then WAAD, FAI |")
-    print("|---|---|---|---|---|---|")
+    """One layer's attention of 16 heads (8 key heads) of 128, five of them local, five global."""
+    rows = [["tokens", "fused attention", "WAAD, FAI", "FAI to the end", "spans", "maps, then WAAD, FAI"]]
     for n in args.lengths:
         g = torch.Generator().manual_seed(0)
         q, k = (torch.randn(1, h, n, 128, generator=g).to(DEVICE, DTYPE) for h in (16, 8))
         mask = torch.arange(n, device=DEVICE)[None] >= 100
         layer = Recorded(q, k, SCALE, fused_attention(q, k, k, SCALE)[1], None)
-        local, far = (torch.arange(16, device=DEVICE) // 5 == i for i in (0, 1))
+        is_local, is_global = (torch.arange(16, device=DEVICE) // 5 == i for i in (0, 1))
 
-        def signals(horizon=(10, 100), layer=layer, mask=mask, local=local, far=far) -> None:
-            metrics.streamed_waad([(layer, local)], mask)
-            metrics.streamed_fai([(layer, far)], mask, horizon)
+        def signals(horizon=(10, 100), layer=layer, mask=mask, is_local=is_local, is_global=is_global) -> None:
+            metrics.streamed_waad([(layer, is_local)], mask).mean(1)
+            metrics.streamed_fai([(layer, is_global)], mask, horizon).mean(1)
 
-        def maps(q=q, k=k, n=n, mask=mask, local=local, far=far) -> None:
+        def maps(q=q, k=k, n=n, mask=mask, is_local=is_local, is_global=is_global) -> None:
             scores = (q @ k.repeat_interleave(2, 1).mT) * SCALE
             future = torch.ones(n, n, dtype=torch.bool, device=DEVICE).triu(1)
             a = scores.masked_fill_(future, -torch.inf).softmax(-1, torch.float32)  # [1,16,N,N]
-            metrics.waad(a[:, local].mean(1), mask), metrics.fai(a[:, far].mean(1), mask)
+            metrics.waad(a[:, is_local].mean(1), mask), metrics.fai(a[:, is_global].mean(1), mask)
 
         runs = {
             "fused": lambda q=q, k=k: fused_attention(q, k, k, SCALE),
@@ -173,7 +202,8 @@ def one_layer(args: Args) -> None:
         found = take_turns(runs, args.repeats, f"{n} tokens")
         cells = [f"{found[r][0]:.3f} s, {found[r][1]:,.0f} MiB" if r in found else "not run"
                  for r in ("fused", "signals", "end", "spans", "maps")]  # fmt: skip
-        print(f"| {n:,} | " + " | ".join(cells) + " |", flush=True)
+        rows.append([f"{n:,}", *cells])
+    print(markdown(rows))
 
 
 def whole_step(args: Args) -> None:
@@ -187,10 +217,10 @@ def whole_step(args: Args) -> None:
         from trl import GRPOConfig, GRPOTrainer
     except ImportError as e:
         sys.exit(f"error: {e}: this table needs pip install trl==1.16.0")
-    ours = train.Args(lr=1e-6)
+    ours, _ = fill_defaults(train.Args(lr=1e-6), train.DEFAULTS, EMBEDDED)
     problems = tasks.load(ours.task, "train")
     model, tokenizer = load_model(ours.model)
-    actor = start_actor("vllm", ours.model, ours.context, 0)
+    actor = start_actor("vllm", ours.model, ours.max_model_len, 0)
     optimizer = torch.optim.AdamW(model.parameters(), ours.lr, weight_decay=0.0, fused=True)
     generator, heads = torch.Generator().manual_seed(0), None
     by_prompt = {p.prompt: p for p in problems}
@@ -204,33 +234,37 @@ def whole_step(args: Args) -> None:
         counted = 0
 
         def on_step_begin(self, config, state, control, **kwargs) -> None:
-            if state.global_step % ours.updates == 0:
+            if state.global_step % ours.minibatches == 0:
                 self.start = time.perf_counter()
 
         def on_step_end(self, config, state, control, **kwargs) -> None:
             nonlocal heads
-            if state.global_step % ours.updates:
+            if state.global_step % ours.minibatches:
                 return
             turn = {"TRL, uniform": time.perf_counter() - self.start}
             batch = problems[len(turns) * ours.prompts :][: ours.prompts]
             for credit in ("uniform", "coupled"):
-                how = replace(ours, credit=credit)
-                fresh = heads if len(turns) % ours.heads_every else None
-                record, measured = train.train_step(how, model, optimizer, actor, batch, fresh, generator)
+                arm = replace(ours, credit=credit)
+                kept = heads if len(turns) % ours.heads_every else None
+                with signals_timed() as clock:
+                    record, measured = train.train_step(arm, model, optimizer, actor, batch, kept, generator)
                 turn[f"ours, {credit}"] = sum(record["seconds"].values())
                 heads = measured or heads
-                phases.append({"kind": credit, "tokens": record["length"] * 256, **record["seconds"]})
+                signals = clock.seconds.get("signals", 0.0)  # a part of the scoring pass
+                phase = record["seconds"] | {"score": record["seconds"]["score"] - signals, "WAAD and FAI": signals}
+                phases.append({"kind": credit, "tokens": record["length"] * 256, **phase})
             turns.append(turn)
             bar.update()
 
     rows = [{"prompt": p.prompt} for p in problems[: (args.repeats + 1) * ours.prompts]]
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(), use_cpu=DEVICE == "cpu", bf16=False, report_to="none", disable_tqdm=True,
-        save_strategy="no", logging_strategy="no", gradient_checkpointing=False, 
-        max_steps=(args.repeats + 1) * ours.updates,
-        per_device_train_batch_size=ours.prompts * ours.group // ours.updates, steps_per_generation=ours.updates,
-        num_generations=ours.group, max_completion_length=ours.max_tokens, learning_rate=ours.lr, beta=0.0,
-        loss_type="grpo", epsilon=ours.epsilon, temperature=1.0, optim="adamw_torch_fused",
+        save_strategy="no", logging_strategy="no", gradient_checkpointing=False,
+        max_steps=(args.repeats + 1) * ours.minibatches,
+        per_device_train_batch_size=ours.prompts * ours.group // ours.minibatches,
+        steps_per_generation=ours.minibatches, num_generations=ours.group, max_completion_length=ours.max_tokens,
+        learning_rate=ours.lr, beta=0.0, loss_type="grpo", epsilon=ours.epsilon, temperature=1.0,
+        optim="adamw_torch_fused",
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=load_model(ours.model)[0],
@@ -248,18 +282,13 @@ def whole_step(args: Args) -> None:
     actor.close()
     turns, phases = turns[1:], phases[2:]  # the first turn warms up
     medians = {name: statistics.median(t[name] for t in turns) for name in turns[0]}
-    print("| 256 rollouts | s | times faster than TRL |\n|---|---|---|")
-    for name, s in medians.items():
-        faster = statistics.median(t["TRL, uniform"] / t[name] for t in turns)
-        print(f"| {name} | {s:.2f} | {faster:.2f} |")
+    faster = {name: statistics.median(t["TRL, uniform"] / t[name] for t in turns) for name in medians}
+    rows = [["256 rollouts", "s", "times faster than TRL"]]
+    print(markdown(rows + [[name, f"{s:.2f}", f"{faster[name]:.2f}"] for name, s in medians.items()]))
     coupled = [p for p in phases if p["kind"] == "coupled"]
-    names = ["generate", "score", "credit", "update", "reload"]
+    names = ["generate", "score", "WAAD and FAI", "credit", "update", "reload"]
     whole = sum(p[n] for p in coupled for n in names)
     print("\nours, coupled: " + ", ".join(f"{n} {100 * sum(p[n] for p in coupled) / whole:.1f} %" for n in names))
-    print(
-        "tokens/s: "
-        + ", ".join(f"{n} {sum(p['tokens'] for p in coupled) / sum(p[n] for p in coupled):,.0f}" for n in names)
-    )
 
 
 def main(args: Args) -> None:

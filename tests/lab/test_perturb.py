@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-import linkage
-import perturb
 import rollout
 import tasks
 from heads import middle_layers
+from lab import linkage, perturb
+from tasks import countdown
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def sampled():
     actor = rollout.TorchActor(model, tokenizer)
     problems = tasks.load("countdown-tiny", "test", 6)
     rollouts = [r[0] for r in actor.generate([p.prompt for p in problems], 1, 96)]
-    ids, mask, _ = rollout.pack(rollouts)
+    ids, mask, _ = rollout.pad_batch(rollouts)
     responses, _ = linkage.responses_of(linkage.per_head(model, ids, mask, middle_layers(12)))
     return model, tokenizer, actor, problems, rollouts, ids, mask, responses
 
@@ -46,7 +46,7 @@ def test_the_same_token_changes_nothing_and_a_wrong_one_flips_the_verdict(sample
     assert all(kept == (1.0, 0.0) for kept in same.values()) and list(same) == places
 
     problem = problems[0]  # a response that is just about to close a right answer: ")" instead spoils it
-    expressions = (tasks.random_expression(problem.numbers, random.Random(seed))[2] for seed in range(999))
+    expressions = (countdown.random_expression(problem.numbers, random.Random(seed))[2] for seed in range(999))
     solution = next(e for e in expressions if tasks.reward(problem, f"<answer>{e}</answer>"))
     ids = tokenizer(f"1+1=2n</think><answer>{solution}</answer>").input_ids
     right = rollout.Rollout(tokenizer(problem.prompt).input_ids, ids, [0.0] * len(ids), "", False)

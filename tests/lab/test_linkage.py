@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import linkage
 import metrics
 import rollout
 import tasks
 from heads import attention_maps, head_spans, middle_layers, record, split_heads
+from lab import linkage
 
 
 def rows(weights):
@@ -213,7 +213,7 @@ def test_stability_follows_the_same_responses():
     groups = rollout.TorchActor(model, tokenizer).generate([p.prompt for p in problems], n=2, max_tokens=96)
     follow = linkage.Stability(middle_layers(12))
     start = follow(model, groups)
-    assert start["far heads"] == 1 and start["FAI rank correlation"] == pytest.approx(1)
+    assert start["global heads"] == 1 and start["FAI rank correlation"] == pytest.approx(1)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.05 * p.std() * torch.randn_like(p) if p.ndim == 2 else 0

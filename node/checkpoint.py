@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging
 
-import parallel
+from node import ranks
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -43,19 +43,19 @@ def _sync(path: Path) -> None:
     os.close(handle)
 
 
-def save(folder: Path, step: int, model, tokenizer, optimizer, state: dict, keep: int) -> None:
-    """Write folder/checkpoint-STEP and remove all but the last `keep`; all ranks call, rank 0 writes.
+def save(folder: Path, state: dict, model, tokenizer, optimizer, keep: int) -> None:
+    """Write folder/checkpoint-STEP, of state["step"], and remove all but the last `keep`; rank 0 writes, all call.
 
     Raises OSError, with what is left to go on from, when it cannot be written.
     """
     _reshard(model)
-    state = {**state, "step": step, "rng": parallel.gather([_random_state()])}
+    state = {**state, "rng": ranks.all_gather([_random_state()])}
     moments, weights = (
         get_optimizer_state_dict(model, optimizer, options=WHOLE),
         get_model_state_dict(model, options=WHOLE),
     )
-    if parallel.rank() == 0:
-        final, making = folder / f"checkpoint-{step}", folder / "checkpoint-unfinished"
+    if ranks.rank() == 0:
+        final, making = folder / f"checkpoint-{state['step']}", folder / "checkpoint-unfinished"
         try:
             shutil.rmtree(making, ignore_errors=True)
             logging.disable_progress_bar()
@@ -97,32 +97,35 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def latest(folder: Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint that is whole, and its state; all ranks call, rank 0 chooses.
+def latest(folder: str | Path | None) -> tuple[Path, dict] | None:
+    """The newest checkpoint of a run that is whole, and its state; all ranks call, rank 0 chooses.
 
-    A damaged one is named on stderr and passed over. None if there is none yet; ValueError if all are damaged.
+    A damaged one is named on stderr and passed over. None if there is no run or no checkpoint yet; ValueError if all
+    are damaged.
     """
-    chosen = None
-    for path in reversed(listed(folder)) if parallel.rank() == 0 else ():
+    if folder is None:
+        return None
+    folder, chosen = Path(folder), None
+    for path in reversed(listed(folder)) if ranks.rank() == 0 else ():
         if (why := damage(path)) is None:
             chosen = path
             break
         print(f"{path} is damaged ({why}): trying the one before", file=sys.stderr, flush=True)
     else:
-        if parallel.rank() == 0 and listed(folder):
+        if ranks.rank() == 0 and listed(folder):
             raise ValueError(f"no checkpoint in {folder} is whole; begin anew with another --out")
-    chosen = parallel.gather([chosen])[0]
+    chosen = ranks.from_rank_0(chosen)
     return chosen and (chosen, torch.load(chosen / "trainer.pt", weights_only=True, map_location="cpu"))
 
 
 def restore(path: Path, state: dict, model, optimizer) -> None:
     """Put the optimizer's and the random generators' states back. Rank 0 reads the optimizer's and hands it out."""
     _reshard(model)
-    moments = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu") if parallel.rank() == 0 else {}
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=parallel.world() > 1)
+    moments = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu") if ranks.rank() == 0 else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.world_size() > 1)
     set_optimizer_state_dict(model, optimizer, moments, options=options)
-    if len(state["rng"]) == parallel.world():  # with another number of ranks the random draws are others
-        mine = state["rng"][parallel.rank()]
+    if len(state["rng"]) == ranks.world_size():  # with another number of ranks the random draws are others
+        mine = state["rng"][ranks.rank()]
         torch.set_rng_state(mine["cpu"])
         name, keys, *rest = mine["numpy"]
         np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

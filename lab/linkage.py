@@ -27,7 +27,7 @@ from torch import Tensor
 from grpo import micro_batches, token_logprobs
 from heads import record, split_heads
 from metrics import streamed_fai, streamed_spans, streamed_waad
-from rollout import Rollout, pack
+from rollout import Rollout, pad_batch
 
 H_LO = 10
 PEAKS = ("prominent", "maxima", "top 20 %")
@@ -55,21 +55,21 @@ class PerHead(NamedTuple):
 
 def per_head(model, input_ids: Tensor, mask: Tensor, layers: list[int], tokens: int = 2048) -> PerHead:
     """WAAD, FAI to the end of the response, and span of every head of the layers; passes of about `tokens` tokens."""
-    each = torch.eye(model.config.get_text_config().num_attention_heads, dtype=torch.bool, device=mask.device)
-    near, received = torch.zeros(2, len(layers) * len(each), *mask.shape)
-    entropy, spans = torch.zeros(mask.shape), torch.zeros(len(near))
+    every_head = torch.ones(model.config.get_text_config().num_attention_heads, dtype=torch.bool, device=mask.device)
+    waad, fai = torch.zeros(2, len(layers) * len(every_head), *mask.shape)
+    entropy, spans = torch.zeros(mask.shape), torch.zeros(len(waad))
     for index, n in micro_batches(mask, torch.arange(len(mask), device=mask.device), tokens):
         part = mask[index, :n]
         with torch.no_grad(), record(model, layers) as recorded:
             uncertainty = token_logprobs(model, input_ids[index, :n], part, entropy=True)[1]
         index = index.cpu()
         entropy[index, :n] = uncertainty.cpu()
-        single = [[(recorded[layer], head)] for layer in layers for head in each]
-        near[:, index, :n] = torch.stack([streamed_waad(one, part) for one in single]).cpu()
-        received[:, index, :n] = torch.stack([streamed_fai(one, part, (H_LO, None)) for one in single]).cpu()
+        heads = [(recorded[layer], every_head) for layer in layers]
+        waad[:, index, :n] = streamed_waad(heads, part).transpose(0, 1).cpu()
+        fai[:, index, :n] = streamed_fai(heads, part, (H_LO, None)).transpose(0, 1).cpu()
         share = part.sum() / mask.sum()
         spans += torch.cat([share * streamed_spans(recorded[layer], part) for layer in layers]).cpu()
-    return PerHead(near, received, spans, entropy, mask.cpu())
+    return PerHead(waad, fai, spans, entropy, mask.cpu())
 
 
 def receiver_heads(looks: PerHead, size: int, among: Tensor | None = None) -> Tensor:
@@ -85,11 +85,12 @@ def receiver_heads(looks: PerHead, size: int, among: Tensor | None = None) -> Te
 
 def responses_of(looks: PerHead, quantile: float = 0.3) -> tuple[list[Response], float]:
     """The series of each response under a head split; and the share of receiver heads that lie in H_glob."""
-    local, far = split_heads(looks.spans, quantile)
-    receivers, others = receiver_heads(looks, int(far.sum())), receiver_heads(looks, int(far.sum()), ~far)
+    is_local, is_global = split_heads(looks.spans, quantile)
+    size = int(is_global.sum())
+    receivers, others = receiver_heads(looks, size), receiver_heads(looks, size, ~is_global)
     whole = {
-        "WAAD": looks.waad[local].mean(0),
-        "FAI": looks.fai[far].mean(0),
+        "WAAD": looks.waad[is_local].mean(0),
+        "FAI": looks.fai[is_global].mean(0),
         "receiver FAI": looks.fai[receivers].mean(0),
         "other receiver FAI": looks.fai[others].mean(0),
         "entropy": looks.entropy,
@@ -98,10 +99,10 @@ def responses_of(looks: PerHead, quantile: float = 0.3) -> tuple[list[Response],
     for one in cut:
         for name in ("FAI", "receiver FAI", "other receiver FAI"):
             one[name][-H_LO:] = np.nan
-    return cut, (receivers & far).sum().item() / far.sum().item()
+    return cut, (receivers & is_global).sum().item() / size
 
 
-def peaks(x: np.ndarray, how: str = "prominent") -> np.ndarray:
+def peaks(x: np.ndarray, definition: str = "prominent") -> np.ndarray:
     """Where x [T] has peaks: 1, elsewhere 0, and NaN where none can be (the ends of its defined part and beyond).
 
     >>> peaks(np.array([5.0, 1.0, 2.0, 1.0, 0.0, np.nan]))
@@ -112,11 +113,11 @@ def peaks(x: np.ndarray, how: str = "prominent") -> np.ndarray:
     if len(defined) < 3:
         return out
     out[1 : len(defined) - 1] = 0
-    if how == "top 20 %":
+    if definition == "top 20 %":
         inner = defined[1:-1]
         out[1 + np.argsort(-inner, kind="stable")[: int(np.ceil(0.2 * len(inner)))]] = 1
     else:
-        out[find_peaks(defined, prominence=defined.std() / 2 if how == "prominent" else None)[0]] = 1
+        out[find_peaks(defined, prominence=defined.std() / 2 if definition == "prominent" else None)[0]] = 1
     return out
 
 
@@ -132,9 +133,9 @@ def ahead(x: np.ndarray, offset: int) -> np.ndarray:
     return out
 
 
-def questions(response: Response, how: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def questions(response: Response, definition: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """For each of LINKS: the value at every token, and the peaks at which it is asked for."""
-    top = {name: peaks(x, how) for name, x in response.items()}
+    top = {name: peaks(x, definition) for name, x in response.items()}
     return dict(
         zip(
             LINKS,
@@ -203,21 +204,21 @@ def link(asked: list[tuple[np.ndarray, np.ndarray]], resamples: int = 2000, seed
     return out | {"p": float((1 + reached.sum()) / (1 + resamples)), "peaks": int(count.sum())}
 
 
-def table(responses: list[Response], how: str = "prominent", resamples: int = 2000) -> dict[str, dict]:
+def table(responses: list[Response], definition: str = "prominent", resamples: int = 2000) -> dict[str, dict]:
     """Table 2: each of LINKS with its random, observed, lift and p."""
-    asked = [questions(r, how) for r in responses]
+    asked = [questions(r, definition) for r in responses]
     return {name: link([a[name] for a in asked], resamples) for name in LINKS}
 
 
-def lifts(responses: list[Response], how: str = "prominent") -> dict[str, float]:
+def lifts(responses: list[Response], definition: str = "prominent") -> dict[str, float]:
     """The lifts of Table 2 by themselves: no interval, no p, next to no time."""
-    asked = [questions(r, how) for r in responses]
+    asked = [questions(r, definition) for r in responses]
     return {name: float(lift(*totals([a[name] for a in asked])[:2])) for name in LINKS}
 
 
-def offsets(responses: list[Response], how: str = "prominent") -> dict[str, dict[str, dict]]:
+def offsets(responses: list[Response], definition: str = "prominent") -> dict[str, dict[str, dict]]:
     """For every ordered pair of SERIES: how often a peak of the one has a peak of the other before, at or after it."""
-    top = [{name: peaks(r[name], how) for name in SERIES} for r in responses]
+    top = [{name: peaks(r[name], definition) for name in SERIES} for r in responses]
     where = {"previous": -1, "exact": 0, "next": 1}
     return {
         f"{a} -> {b}": {at: link([(ahead(x[b], by), x[a]) for x in top], 500) for at, by in where.items()}
@@ -238,7 +239,7 @@ class Stability:
 
     def __call__(self, model, rollouts: list[list[Rollout]]) -> dict[str, float]:
         """What `drift` says of the model now against the first call, whose rollouts [P][n] are kept."""
-        self.probe = self.probe or pack([r[0] for r in rollouts[: self.ROWS]])[:2]
+        self.probe = self.probe or pad_batch([r[0] for r in rollouts[: self.ROWS]])[:2]
         now = per_head(model, *(x.to(model.device) for x in self.probe), self.layers, self.tokens)
         self.first = self.first or now
         return drift(self.first, now, self.quantile)
@@ -255,12 +256,14 @@ class Stability:
 def drift(first: PerHead, now: PerHead, quantile: float = 0.3) -> dict[str, float]:
     """How far the signals on the same responses have moved, and whether the links still hold.
 
-    Overlap (Jaccard) of the local and of the far heads; rank correlation of WAAD and of FAI (Spearman, mean over
+    Overlap (Jaccard) of the local and of the global heads; rank correlation of WAAD and of FAI (Spearman, mean over
     responses, each look with its own head split); the lifts of now.
     """
     (before, _), (after, _) = responses_of(first, quantile), responses_of(now, quantile)
     groups = zip(split_heads(first.spans, quantile), split_heads(now.spans, quantile))
-    out = {name: ((a & b).sum() / (a | b).sum()).item() for name, (a, b) in zip(("local heads", "far heads"), groups)}
+    out = {
+        name: ((a & b).sum() / (a | b).sum()).item() for name, (a, b) in zip(("local heads", "global heads"), groups)
+    }
     for name in ("WAAD", "FAI"):
         pairs = [(a[name][~np.isnan(a[name])], b[name][~np.isnan(b[name])]) for a, b in zip(before, after)]
         ranks = [stats.spearmanr(a, b).statistic for a, b in pairs if len(a) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0]

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import PowerNorm
 
-import linkage
+from lab import linkage
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -66,7 +66,7 @@ def tables(found: dict) -> dict[str, list[list[str]]]:
     return {
         "Linkage: do the peaks fall together?": links,
         "The same lifts under other definitions of a peak": columns(
-            "lift", found["table 2"] | {f"random weights, {how}": t for how, t in found["floor"].items()}
+            "lift", found["table 2"] | {f"random weights, {definition}": t for definition, t in found["floor"].items()}
         ),
         "The same lifts by layers and by head split": columns("lift", found["by layers and split"]),
         "Offsets: lifts of one series' peaks around another's": shifts,
@@ -75,18 +75,12 @@ def tables(found: dict) -> dict[str, list[list[str]]]:
     }
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """A table as Markdown."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
 def forest_figure(found: dict, path: Path) -> None:
     """Lifts with their intervals: the five links side by side, a line for each way of looking."""
     rows = {
-        **{f"peaks: {how}": t for how, t in found["table 2"].items()},
+        **{f"peaks: {definition}": t for definition, t in found["table 2"].items()},
         **found["by layers and split"],
-        **{f"random weights: {how}": t for how, t in found["floor"].items()},
+        **{f"random weights: {definition}": t for definition, t in found["floor"].items()},
     }
     fig, axes = plt.subplots(1, len(linkage.LINKS), figsize=(13, 4.6), sharey=True)
     for ax, name in zip(axes, linkage.LINKS):
@@ -154,7 +148,9 @@ def perturbation_figure(found: dict, path: Path) -> None:
     _save(fig, path)
 
 
-def maps_figure(local: np.ndarray, far: np.ndarray, response: linkage.Response, tokens: list[str], path: Path) -> None:
+def maps_figure(
+    local_map: np.ndarray, global_map: np.ndarray, response: linkage.Response, tokens: list[str], path: Path
+) -> None:
     """Fig. 2: the two mean maps [T,T] of one response, and under each what is read off it."""
     fig, axes = plt.subplots(
         3, 2, figsize=(13, 10), height_ratios=(6, 1, 1), sharex=True, layout="constrained", gridspec_kw={"hspace": 0.02}
@@ -162,8 +158,8 @@ def maps_figure(local: np.ndarray, far: np.ndarray, response: linkage.Response, 
     t = np.arange(len(tokens))
     size = min(9.0, 560 / len(tokens))
     for column, grid, title, under in (
-        (0, local, "local heads", (("WAAD", "tab:blue"), ("entropy", "tab:gray"))),
-        (1, far, "far heads", (("FAI", "tab:red"), ("receiver FAI", "tab:purple"))),
+        (0, local_map, "local heads", (("WAAD", "tab:blue"), ("entropy", "tab:gray"))),
+        (1, global_map, "global heads", (("FAI", "tab:red"), ("receiver FAI", "tab:purple"))),
     ):
         axes[0, column].imshow(np.ma.masked_equal(grid, 0), cmap="magma_r", norm=PowerNorm(0.4), aspect="auto")
         axes[0, column].set_title(f"mean map of the {title}: row looks back at column")
@@ -185,7 +181,7 @@ def stability_figure(records: list[dict], path: Path) -> None:
     left.errorbar(steps, [100 * r["success"] for r in records], [100 * r["half_width_95"] for r in records],
                   fmt="o-", capsize=3, color="black")  # fmt: skip
     left.set(title="held-out success, %", xlabel="step")
-    for name, style in (("local heads", "o-"), ("far heads", "s-"), ("WAAD rank correlation", "^--"),
+    for name, style in (("local heads", "o-"), ("global heads", "s-"), ("WAAD rank correlation", "^--"),
                         ("FAI rank correlation", "v--")):  # fmt: skip
         label = f"{name}, overlap" if name.endswith("heads") else name
         middle.plot(steps, [r["stability"][name] for r in records], style, label=label)

@@ -1,11 +1,11 @@
 """The claim, tested: which credit learns fastest? Arms x seeds of train.py, and the table and figure of what came out.
 
-    python experiment.py                    makes the runs that are not there yet; stop and start freely
-    python experiment.py --setting small    the second round; also harder, ablations, study, study-small: see below
-    python experiment.py --report           tables and figures from the committed records; nothing is run
+    python -m lab.experiment                    makes the runs that are not there yet; stop and start freely
+    python -m lab.experiment --setting small    the second round; also harder, ablations, study, study-small
+    python -m lab.experiment --report           tables and figures from the committed records; nothing is run
 
 What holds in every setting. Same warm start, same problems in the same order, same number of rollouts in every arm;
-only gamma differs (and random, which draws from the same generator, splits its minibatches otherwise). Held-out
+only gamma differs (in the committed records also random's minibatches, which were drawn after its tokens). Held-out
 success on 512 test problems, one sample each. Main arms have five seeds, ablations three. Primary measure: mean
 held-out success over the evaluations in the last quarter of training. Second: the area under its curve, as a mean.
 Both as differences to uniform, and to scaled, paired by seed, with a 95 % bootstrap interval over seeds (percentile;
@@ -29,7 +29,7 @@ Round 1 (--setting countdown), fixed before any arm was run: 12 steps, nine tent
 updates of 64 each, learning rate 2e-4, gamma 1.5, an evaluation every three steps.
 
 Round 2 (--setting small), fixed after round 1 had shown no arm to differ from uniform by more than noise, and before
-any of its arms was run. alignment.py had shown why: a minibatch of 64 rollouts already points well at where success
+any of its arms was run. lab/alignment.py had shown why: a minibatch of 64 rollouts already points well at where success
 rises, credit makes the direction less noisy, not better, and with gamma 1.5 that is worth 4 % of speed. So all arms
 get smaller minibatches and a louder gamma: 20 steps of 64 rollouts, four updates of 16 each, gamma 4, an evaluation
 every five steps, and the learning rate with the largest area for uniform in this setting (--setting study-small).
@@ -52,7 +52,8 @@ from scipy import stats
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-import report
+from lab import report
+from node.output import markdown, write_whole
 
 MAIN = {
     "uniform": ["--credit", "uniform"],
@@ -74,7 +75,7 @@ ABLATIONS = {
 }
 STUDY = {f"uniform, lr {lr}": ["--credit", "uniform", "--lr", lr] for lr in ("1e-4", "2e-4", "4e-4")}
 ARMS = {**MAIN, **ABLATIONS, **STUDY}
-SMALL, SHORT = "--prompts 8 --amp 4", 10  # 64 rollouts a step, 16 an update; steps for want of time
+SMALL, SHORT = "--prompts 8 --gamma_amp 4", 10  # 64 rollouts a step, 16 an update; steps for want of time
 SETTINGS = {  # the arguments that all its arms share, and the arms
     "countdown": ("--task countdown-tiny --lr 2e-4 --steps 12 --eval_every 3", MAIN),
     "small": (f"--task countdown-tiny {SMALL} --lr 2e-4 --steps 20 --eval_every 5", MAIN),
@@ -109,7 +110,7 @@ class Args:
     seeds: list[int] | None = HfArg(
         default=None, help="A run of every arm for each (default: 0 to 4; 0 to 2 for ablations, 0 and 1 for the study)."
     )
-    folder: str = HfArg(default="experiment", help="Where the records are.")
+    folder: str = HfArg(default="lab/records", help="Where the records are.")
     report: bool = HfArg(default=False, help="Run nothing; tables and figures of all settings.")
 
 
@@ -132,12 +133,11 @@ def run(args: Args, arm: str, seed: int) -> None:
             sys.executable, "train.py", *SETTINGS[args.setting][0].split(), *ARMS[arm], "--seed", str(seed),
             "--eval_samples", "1", "--save_every", "100", "--micro_tokens", "1024", "--out", f"{folder}/run",
         ]  # fmt: skip
-        subprocess.run(command, cwd=Path(__file__).parent, check=True)
+        subprocess.run(command, cwd=Path(__file__).parents[1], check=True)
         records = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
         kept = [{k: round(r[k], 6) for k in KEPT if k in r} for r in records]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".new").write_text("".join(json.dumps(r) + "\n" for r in kept))
-        path.with_suffix(".new").replace(path)
+        write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
 
 
 def curves(args: Args) -> dict[str, dict[int, np.ndarray]]:
@@ -191,7 +191,7 @@ def table(found: dict[str, dict[int, np.ndarray]]) -> str:
                 text = "{:+.1f} ({:+.1f} to {:+.1f})".format(*gap) + ("*" if gap[3] < 0.05 else "")
                 cell.append("" if arm == base or count < 2 else text)
         rows.append([arm, str(len(runs)), *cells[0], *cells[1], PAPER.get(arm, "")])
-    return report.markdown(rows)
+    return markdown(rows)
 
 
 def main(args: Args) -> None:

@@ -1,0 +1,297 @@
+"""One training run: its folder, its log, the order of its problems; when it saves, evaluates, stops and goes on."""
+
+import json
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from eval import mean_interval
+from heads import Heads, layer_range
+from node import checkpoint, ranks
+from node.output import minutes, write_whole
+
+# The largest mean |logp_vllm - logp_torch| that rounding can explain; beyond it the sampler has other weights.
+GAP_LIMIT = {"cpu": 1e-3, "cuda": 0.3}
+SKIP_LIMIT = 3  # steps in a row with a gradient that is not finite
+SHOWN = {"reward": ".2f", "gap_mean": ".0e", "entropy": ".2f", "tokens_per_s": ".0f"}  # beside the progress bar
+
+
+class Clock:
+    """Seconds by phase: with clock("generate"): ..."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+class Run:
+    """Where a run stands and what it leaves behind. state is a checkpoint's, None for a new run."""
+
+    def __init__(self, args, model, tokenizer, optimizer, state: dict | None = None):
+        self.args, self.model, self.tokenizer, self.optimizer = args, model, tokenizer, optimizer
+        if state and state["step"] > args.steps:
+            raise ValueError(f"--steps {args.steps}: {args.resume} has made {state['step']} already")
+        self.began, self.stopping, self._signals = time.perf_counter(), False, []
+        folder = args.resume
+        if not args.resume and ranks.rank() == 0:
+            folder = new_folder(args.out, f"{args.task}-{args.credit}")
+        self.folder = Path(ranks.from_rank_0(folder))
+        if ranks.rank() == 0:
+            write_args(args, self.folder)  # a resumed run may have been given more steps
+        state = state or {"step": 0, "position": 0, "first": None, "skips": 0, "heads": None, "watch": None}
+        self.step, self.position, self.skips = state["step"], state["position"], state["skips"]
+        self.first = state["first"]  # held-out success of each problem before training
+        device = next(model.parameters()).device
+        self.heads = state["heads"] and Heads(state["heads"][0], *(x.to(device) for x in state["heads"][1:]))
+        self.watch = None
+        if args.watch_signals:
+            from lab.linkage import Stability
+
+            layers = layer_range(model.config.get_text_config().num_hidden_layers, args.layers)
+            self.watch = Stability(layers, args.head_quantile, args.micro_tokens)
+            self.watch.restore(state["watch"])
+        self.log = Log(self.folder, self.step if args.resume else None)
+        self.evaluation_is_due = self._evaluates_here() or self.log.lost_evaluation
+
+    @property
+    def over(self) -> bool:
+        """All steps are made, or somebody has asked to stop."""
+        return self.stopping or self.step >= self.args.steps
+
+    def generator(self) -> torch.Generator:
+        """The random numbers of the step to come: the same whatever came before it."""
+        return torch.Generator().manual_seed(random.Random(f"{self.args.seed}, step {self.step}").getrandbits(32))
+
+    def next_problems(self, problems: list) -> list:
+        """Those of the step to come; with --dynamic, four batches to choose from."""
+        batches = 4 if self.args.dynamic else 1
+        return take(problems, self.position, batches * self.args.prompts, self.args.seed)
+
+    def finish_step(self, record: dict) -> None:
+        """Log a step, save when it is time to, and end a run that cannot go on."""
+        self.step += 1
+        self.position += record["problems"]
+        self.log({"step": self.step, **record})
+        self.bar.set_postfix({name: format(record[name], spec) for name, spec in SHOWN.items()})
+        self.bar.update()
+        found = record["unequal_groups"]
+        if self.args.dynamic and found < self.args.prompts:
+            self.say(
+                f"step {self.step}: --dynamic found {found} groups of unequal reward among {record['problems']}, "
+                f"not {self.args.prompts}"
+            )
+        self.skips = self.skips + 1 if record["skipped"] else 0
+        self._stop_if_broken(record)
+        self.stopping = ranks.any_rank(bool(self._signals))
+        if self.over or self.step % self.args.save_every == 0:
+            self.save()
+        self.evaluation_is_due = self._evaluates_here() and (not self.stopping or self.step == self.args.steps)
+
+    def _evaluates_here(self) -> bool:
+        every = self.args.eval_every
+        return self.step in (0, self.args.steps) or (every > 0 and self.step % every == 0)
+
+    def _stop_if_broken(self, record: dict) -> None:
+        gap = record["gap_mean"]
+        if not gap <= GAP_LIMIT[next(self.model.parameters()).device.type]:  # not a number counts as too much
+            if gap > 0:
+                self.save()
+            ranks.fail(
+                f"step {self.step}: the sampler's log-probabilities differ from the trainer's by {gap:.4f} on average, "
+                "more than rounding can explain: its weights were not reloaded (or, if that is not a number, the "
+                f"update diverged: lower --lr). See {self.log.path}"
+            )
+        if self.skips == SKIP_LIMIT:
+            ranks.fail(
+                f"step {self.step}: gradients were not finite in {self.skips} steps in a row; those updates were not "
+                f"made. Lower --lr, or go on from the last checkpoint. See {self.log.path}"
+            )
+
+    def log_evaluation(self, rollouts: list[list], success: Tensor) -> None:
+        """Log held-out success, [P] mean rewards of the problems, and draw the curve."""
+        self.evaluation_is_due = False
+        mean, half = mean_interval(success)
+        record = {"step": self.step, "success": mean, "half_width_95": half}
+        if self.watch:
+            record["stability"] = self.watch(self.model, rollouts)
+        self.log(record)
+        if ranks.rank() == 0:
+            plot(self.folder, self.log.records)
+        if self.first is None:
+            self.first = success
+            self.say(f"held-out success before: {100 * mean:.1f} %")
+        self.last = success
+
+    def save(self) -> None:
+        """A checkpoint of this moment; when it cannot be written, the run ends."""
+        state = {
+            "step": self.step, "position": self.position, "first": self.first, "skips": self.skips,
+            "heads": self.heads and tuple(self.heads), "watch": self.watch and self.watch.state(),
+        }  # fmt: skip
+        with ranks.errors_in_one_line():
+            checkpoint.save(self.folder, state, self.model, self.tokenizer, self.optimizer, self.args.keep)
+
+    @contextmanager
+    def stopping_softly(self) -> Iterator[None]:
+        """Within the context, SIGTERM and Ctrl-C end the run after the step at hand; asked twice, at once."""
+
+        def note(number, frame) -> None:
+            if self._signals:
+                raise KeyboardInterrupt
+            self._signals.append(number)
+
+        handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.bar = tqdm(initial=self.step, total=self.args.steps, desc=self.args.credit, disable=ranks.rank() > 0)
+        try:
+            yield
+        finally:
+            self.bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def say(self, text: str) -> None:
+        """Print it once, above the progress bar."""
+        if ranks.rank() == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def summary(self) -> str:
+        """The last lines: what came out and where it is, or how to go on."""
+        if self.step < self.args.steps:
+            return f"stopped after step {self.step}, as asked; to go on: python train.py --resume {self.folder}"
+        phases = [r["seconds"] for r in self.log.records if "seconds" in r]
+        spent = {name: sum(p[name] for p in phases) for name in phases[0]}
+        gain, half = mean_interval(self.last - self.first)
+        return (
+            "time: " + ", ".join(f"{name} {100 * s / sum(spent.values()):.1f} %" for name, s in spent.items()) + "\n"
+            f"held-out success {100 * self.first.mean():.1f} % -> {100 * self.last.mean():.1f} %, "
+            f"{100 * gain:+.1f} points (95 % interval {100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}), "
+            f"{minutes(time.perf_counter() - self.began)}: {self.folder}"
+        )
+
+
+def new_folder(out: str | None, name: str) -> Path:
+    """A new run's folder, made: `out`, which must be empty, or the first free of runs/NAME-1, runs/NAME-2, …"""
+    try:
+        if out is None:
+            Path("runs").mkdir(exist_ok=True)
+            return next(f for i in count(1) if made(f := Path(f"runs/{name}-{i}")))
+        folder = Path(out)
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"--out {out} already holds a run: give another folder, or remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    except OSError as e:
+        raise ValueError(f"--out {out or 'runs/'}: cannot write there ({e.strerror})") from e
+
+
+def made(folder: Path) -> bool:
+    """Whether this call, and no other, made the folder."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def write_args(args, folder: Path) -> None:
+    """args.json, which a run is resumed from."""
+    write_whole(folder / "args.json", json.dumps(asdict(args), indent=1))
+
+
+def resumed(args):
+    """The arguments of the run in args.resume; only --steps may be another."""
+    try:
+        saved = type(args)(**json.loads((Path(args.resume) / "args.json").read_text()))
+    except (OSError, ValueError, TypeError) as e:
+        raise ValueError(f"--resume {args.resume}: no run is there, or its args.json cannot be read ({e})") from e
+    given = {name for name, value in asdict(args).items() if value != getattr(type(args)(), name)}
+    if wrong := ", ".join(sorted(given - {"resume", "steps", "dry_run"})):
+        raise ValueError(f"--resume takes its arguments from the run; only --steps may be given beside it, not {wrong}")
+    steps = saved.steps if args.steps is None else args.steps
+    return replace(saved, resume=args.resume, steps=steps, dry_run=args.dry_run)
+
+
+class Log:
+    """The records of a run, in memory and in metrics.jsonl. Rank 0 writes."""
+
+    def __init__(self, folder: Path, resumed_at: int | None = None):
+        """resumed_at: the step to go on from; what was logged after its checkpoint was made is forgotten."""
+        self.path, self.records = folder / "metrics.jsonl", []
+        self.lost_evaluation = False  # one was forgotten and is to be made again
+        if ranks.rank() == 0:
+            self._begin(resumed_at)
+        # Only rank 0 reads what it also rewrites: all must come to the same evaluations.
+        self.records, self.lost_evaluation = ranks.from_rank_0((self.records, self.lost_evaluation))
+
+    def _begin(self, resumed_at: int | None) -> None:
+        for line in self.path.read_text().splitlines() if resumed_at is not None and self.path.exists() else ():
+            try:
+                record = json.loads(line)
+            except ValueError:  # the line that was being written
+                break
+            at_the_checkpoint = record["step"] == resumed_at
+            if record["step"] < resumed_at or (at_the_checkpoint and "reward" in record):
+                self.records.append(record)
+            self.lost_evaluation |= at_the_checkpoint and "success" in record
+        write_whole(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
+
+    def __call__(self, record: dict) -> None:
+        self.records.append(record)
+        if ranks.rank() == 0:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(record) + "\n")
+
+
+def plot(folder: Path, log: list[dict]) -> None:
+    """learning_curve.png: training reward of each step, held-out success with its interval, and the response length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [r for r in log if "reward" in r]
+    evals = [r for r in log if "success" in r]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    left.plot([r["step"] for r in steps], [100 * r["reward"] for r in steps], lw=1, alpha=0.6, label="training batch")
+    left.errorbar(
+        [r["step"] for r in evals], [100 * r["success"] for r in evals], [100 * r["half_width_95"] for r in evals],
+        fmt="o-", capsize=3, label="held out (95 %)",
+    )  # fmt: skip
+    left.set(xlabel="step", ylabel="success, %", title="Success of sampled responses")
+    left.legend()
+    right.plot([r["step"] for r in steps], [r["length"] for r in steps], color="tab:green")
+    right.set(xlabel="step", ylabel="tokens", title="Length of responses")
+    fig.tight_layout()
+    fig.savefig(folder / "learning_curve.png", dpi=120)
+    plt.close(fig)
+
+
+@lru_cache(maxsize=2)
+def shuffled(size: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch."""
+    return random.Random(f"{seed}/{epoch}").sample(range(size), size)
+
+
+def take(problems: list, position: int, number: int, seed: int) -> list:
+    """`number` problems from a position on, of endless epochs of all of them, each in an order of its own."""
+    places = (divmod(i, len(problems)) for i in range(position, position + number))
+    return [problems[shuffled(len(problems), seed, epoch)[i]] for epoch, i in places]
