@@ -8,6 +8,9 @@ help:           ## Show this.
 demo: .venv/ok  ## Train the embedded model on Countdown with coupled rhythm credit (7 minutes on two cores).
 	$(BIN)/python train.py
 
+check: .venv/ok ## Check that this machine can train: versions, numbers, a step, the reload, a kill, memory (5 minutes).
+	$(BIN)/python -m node.check
+
 test: .venv/ok  ## Run all tests (8 minutes on two cores).
 	$(BIN)/python -m pytest
 
@@ -36,4 +39,4 @@ else
 endif
 	touch .venv/ok
 
-.PHONY: help demo test lint
+.PHONY: help demo check test lint

@@ -4,6 +4,8 @@ Both sample the model's own distribution (temperature 1 unless told, no top-p, n
 log-probability under it, so that the trainer can measure at every step how far apart sampler and trainer are.
 """
 
+import gc
+import logging
 import os
 import warnings
 from dataclasses import replace
@@ -81,11 +83,18 @@ def fill_defaults(args, defaults: dict[str, tuple], *models: str):
 
 
 def start_actor(
-    engine: str, name: str, max_model_len: int, seed: int, kv_cache_gib: float = 0.5, model=None, tokenizer=None
+    engine: str,
+    name: str,
+    max_model_len: int,
+    seed: int,
+    kv_cache_gib: float = 0.5,
+    model=None,
+    tokenizer=None,
+    sleep_mode: bool = False,
 ):
     """The actor for --engine: vllm loads the checkpoint itself, torch samples the given model (or loads it)."""
     if engine == "vllm":
-        return VLLMActor(name, max_model_len, seed, kv_cache_gib)
+        return VLLMActor(name, max_model_len, seed, kv_cache_gib, sleep_mode)
     if model is None:
         model, tokenizer = load_model(name)
     return TorchActor(model, tokenizer, max_model_len)
@@ -115,9 +124,17 @@ class VLLMActor:
     """vLLM inside this process, so that reload() can hand the trainer's tensors over without a copy through disk.
 
     kv_cache_gib is given outright, because vLLM's default share of memory does not know what training will need.
+    sleep_mode lets it leave a GPU to the trainer between calls; vLLM allows one such engine in a process.
     """
 
-    def __init__(self, path: str, max_model_len: int = 512, seed: int = 0, kv_cache_gib: float = 0.5):
+    def __init__(
+        self,
+        path: str,
+        max_model_len: int = 512,
+        seed: int = 0,
+        kv_cache_gib: float = 0.5,
+        sleep_mode: bool = False,
+    ):
         load_config(path)  # a missing model is named here, in one line
         # Read by vLLM when it is imported and when it starts, so they come first; what the user has set stays.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -128,13 +145,17 @@ class VLLMActor:
             from vllm import LLM
         except ImportError as e:
             raise ValueError(f"vLLM cannot be imported ({e}): install requirements.txt, or use --engine torch") from e
-        on_gpu = torch.cuda.is_available()
-        self.max_model_len, self.sleeps, self.asleep = max_model_len, on_gpu, False
+        reloading = logging.getLogger("vllm.model_executor.model_loader.reload")
+        if not reloading.handlers:  # what it says about weights that were not loaded is wanted at any logging level
+            reloading.addHandler(logging.StreamHandler())
+            reloading.handlers[0].setLevel(logging.WARNING)
+        on_gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
+        self.max_model_len, self.sleeps, self.asleep = max_model_len, on_gpu and sleep_mode, False
         options = {}
         if ranks.world_size() > 1:  # each rank has an engine of its own
             options |= dict(distributed_executor_backend="external_launcher", tensor_parallel_size=1)
         if on_gpu:  # the share of memory is only asked to be free at the start: the cache's size is given outright
-            options |= dict(enable_sleep_mode=True, gpu_memory_utilization=0.05)
+            options |= dict(enable_sleep_mode=sleep_mode, gpu_memory_utilization=0.05)
         self.llm = LLM(
             str(path),
             dtype="bfloat16" if on_gpu else "float32",
@@ -148,6 +169,8 @@ class VLLMActor:
             seed=seed,
             **options,
         )
+        if on_gpu:
+            torch.set_num_threads(threads)  # vLLM leaves one to the process
         self.tokenizer = self.llm.get_tokenizer()
 
     def generate(
@@ -202,6 +225,10 @@ class VLLMActor:
     def close(self) -> None:
         """Stop the engine and free its memory."""
         self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _repack_head(model) -> None:

@@ -12,8 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -28,6 +27,7 @@ import tasks
 import train
 from grpo import token_logprobs
 from heads import Recorded, fused_attention, middle_layers
+from node.check import signals_timed
 from node.output import markdown
 from node.run import Clock
 from rollout import EMBEDDED, fill_defaults, load_model, start_actor
@@ -55,29 +55,6 @@ def seconds(run: Callable) -> float:
     with clock("run"):
         run()
     return clock.seconds["run"]
-
-
-@contextmanager
-def signals_timed() -> Iterator[Clock]:
-    """Within the context, the clock's "signals" counts what observe() spends on WAAD and FAI."""
-    clock, own = Clock(), {name: getattr(metrics, name) for name in ("streamed_waad", "streamed_fai")}
-
-    def timed(function: Callable) -> Callable:
-        def run(*args):
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()  # or the pass before it would be counted here
-            with clock("signals"):
-                return function(*args)
-
-        return run
-
-    try:
-        for name, function in own.items():
-            setattr(metrics, name, timed(function))
-        yield clock
-    finally:
-        for name, function in own.items():
-            setattr(metrics, name, function)
 
 
 def peak_mib(run: Callable) -> float:

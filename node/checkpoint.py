@@ -1,31 +1,86 @@
 """Checkpoints that a run can be killed around: whole or not there at all, checked when read, the last few kept.
 
-A checkpoint is a folder checkpoint-STEP: the model and tokenizer as transformers writes them, optimizer.pt, trainer.pt
-(random states, position in the data, ...), and manifest.json, written last, with the size and CRC-32 of every file. It
-is made under another name and renamed when it is on the disk.
+A checkpoint is a folder checkpoint-STEP: the model and tokenizer in transformers' format, optimizer/ with AdamW's
+moments in a part of each rank's (torch.distributed.checkpoint), trainer.pt (random states, position in the data, ...),
+and manifest.json, written last, with the size and CRC-32 of every file. It is made under another name and renamed when
+it is on the disk. No rank ever holds more than its share of the run and a few of the model's tensors.
 """
 
 import json
 import os
 import shutil
 import sys
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import FSDPModule
-from transformers.utils import logging
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from transformers import AutoModelForCausalLM
 
 from node import ranks
+from node.output import write_whole
+from rollout import load_config, load_model
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: that is meant
+SHARD_BYTES = 32 * 2**20  # weights are gathered and written so many at a time, or a tensor, if that is larger
+
+
+def load_sharded(name: str, device: torch.device):
+    """The transformers model of a folder or hub name on this rank's device, sharded where shard() shards.
+
+    Over several ranks, or on a GPU, each rank reads its own part of each weight from the files: no host holds more of
+    the model than its ranks' shares. Raises ValueError if the files do not hold the model's weights by their names.
+    """
+    if not dist.is_initialized():
+        return load_model(name, str(device))[0]
+    with _parameters_without_memory():
+        model = AutoModelForCausalLM.from_config(load_config(name), dtype=torch.float32)
+    buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    model = ranks.shard(model, device).to_empty(device=device)
+    model.tie_weights()  # to_empty gives either of a tied pair memory of its own
+    for key, buffer in model.named_buffers():
+        buffer.copy_(buffers[key])
+    model.eval()
+    try:
+        folder = name if os.path.isdir(name) else snapshot_download(name, allow_patterns=["*.safetensors", "*.json"])
+        weights = {key: p.detach() for key, p in model.named_parameters()}
+        dcp.load(weights, storage_reader=HuggingFaceStorageReader(folder))
+    except CheckpointException as e:
+        raise ValueError(f"cannot read {name!r} in shares from its .safetensors files: {_reason(e)}") from e
+    return model
+
+
+@contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Within the context, new modules have their parameters on the meta device; buffers are real."""
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module, name: str, p: torch.nn.Parameter | None) -> None:
+        if p is not None and not p.is_meta:
+            p = torch.nn.Parameter(p.to("meta"), p.requires_grad)
+        register(module, name, p)
+
+    torch.nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register
+
+
+def _reason(e: Exception) -> str:
+    """What went wrong, in one line; of several ranks' failures the first."""
+    cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
+    return str(cause).strip().splitlines()[0]
 
 
 def _crc(path: Path) -> int:
@@ -44,40 +99,61 @@ def _sync(path: Path) -> None:
 
 
 def save(folder: Path, state: dict, model, tokenizer, optimizer, keep: int) -> None:
-    """Write folder/checkpoint-STEP, of state["step"], and remove all but the last `keep`; rank 0 writes, all call.
+    """Write folder/checkpoint-STEP, of state["step"], and remove all but the last `keep`; all ranks call.
 
     Raises OSError, with what is left to go on from, when it cannot be written.
     """
-    _reshard(model)
+    ranks.reshard(model)
     state = {**state, "rng": ranks.all_gather([_random_state()])}
-    moments, weights = (
-        get_optimizer_state_dict(model, optimizer, options=WHOLE),
-        get_model_state_dict(model, options=WHOLE),
-    )
-    if ranks.rank() == 0:
-        final, making = folder / f"checkpoint-{state['step']}", folder / "checkpoint-unfinished"
-        try:
+    final, making = folder / f"checkpoint-{state['step']}", folder / "checkpoint-unfinished"
+    first = ranks.rank() == 0
+    try:
+        if first:
             shutil.rmtree(making, ignore_errors=True)
-            logging.disable_progress_bar()
-            model.save_pretrained(making, state_dict=weights)
+            making.mkdir()
+            model.config.save_pretrained(making)
+            if model.generation_config:
+                model.generation_config.save_pretrained(making)
             tokenizer.save_pretrained(making)
-            torch.save(moments, making / "optimizer.pt")
             torch.save(state, making / "trainer.pt")
-            files = sorted(making.iterdir())
-            manifest = {f.name: [f.stat().st_size, _crc(f)] for f in files}
-            (making / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            for path in (*files, making / "manifest.json", making):
+        _save_weights(model, making)
+        moments = get_optimizer_state_dict(model, optimizer)
+        dcp.save(moments, checkpoint_id=making / "optimizer", no_dist=not dist.is_initialized())
+        if first:
+            files = sorted(f for f in making.rglob("*") if f.is_file())
+            manifest = {str(f.relative_to(making)): [f.stat().st_size, _crc(f)] for f in files}
+            write_whole(making / "manifest.json", json.dumps(manifest, indent=1))
+            for path in (*files, making / "manifest.json", making / "optimizer", making):
                 _sync(path)
             shutil.rmtree(final, ignore_errors=True)
             making.rename(final)
             _sync(folder)
-        except Exception as e:  # a full disk shows as OSError, RuntimeError or SafetensorError, by who was writing
+    except (Exception, CheckpointException) as e:  # a full disk shows as many things, by who was writing
+        if first:
             shutil.rmtree(making, ignore_errors=True)
-            left = listed(folder)
-            rest = f"{left[-1].name} is there: make room, then --resume {folder}" if left else "none is there before it"
-            raise OSError(f"{final} could not be written ({e}); {rest}") from e
-        for old in listed(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        left = listed(folder)
+        rest = f"{left[-1].name} is there: make room, then --resume {folder}" if left else "none is there before it"
+        raise OSError(f"{final} could not be written ({_reason(e)}); {rest}") from e
+    for old in listed(folder)[:-keep] if first else ():
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _save_weights(model, folder: Path) -> None:
+    """The weights as transformers reads them: gathered some at a time by all ranks, written by rank 0."""
+    shapes = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in model.named_parameters()}
+    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
+    weights = dict(model.named_parameters())
+    for file, names in plan.filename_to_tensors.items():
+        part = {}
+        for name in names:
+            gathered = ranks.whole(weights[name])
+            if ranks.rank() == 0:
+                part[name] = gathered.cpu().contiguous()
+        if part:
+            save_file(part, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded and ranks.rank() == 0:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 def listed(folder: Path) -> list[Path]:
@@ -119,11 +195,11 @@ def latest(folder: str | Path | None) -> tuple[Path, dict] | None:
 
 
 def restore(path: Path, state: dict, model, optimizer) -> None:
-    """Put the optimizer's and the random generators' states back. Rank 0 reads the optimizer's and hands it out."""
-    _reshard(model)
-    moments = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu") if ranks.rank() == 0 else {}
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.world_size() > 1)
-    set_optimizer_state_dict(model, optimizer, moments, options=options)
+    """Put the optimizer's and the random generators' states back, each rank its part, however many there were."""
+    ranks.reshard(model)
+    moments = get_optimizer_state_dict(model, optimizer)  # as they are now: what is read goes in their place
+    dcp.load(moments, checkpoint_id=path / "optimizer", no_dist=not dist.is_initialized())
+    set_optimizer_state_dict(model, optimizer, moments)
     if len(state["rng"]) == ranks.world_size():  # with another number of ranks the random draws are others
         mine = state["rng"][ranks.rank()]
         torch.set_rng_state(mine["cpu"])
@@ -137,9 +213,3 @@ def _random_state() -> dict:
     name, keys, *rest = np.random.get_state()  # vLLM draws the seeds of requests from it
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda, "numpy": (name, torch.tensor(keys.astype(np.int64)), *rest)}
-
-
-def _reshard(model) -> None:
-    """A pass without gradient leaves the weights of FSDP's root gathered, where no state dict finds them."""
-    if isinstance(model, FSDPModule):
-        model.reshard()

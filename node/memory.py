@@ -25,13 +25,19 @@ shards over W GPUs; each of them holds, in bytes:
 In float32 on one GPU nothing is gathered and nothing reduced. If vLLM sleeps while the trainer works (level 2: it keeps
 neither weights nor cache), the peak is the larger of the two phases, generate and train; if not, their sum, where the
 weights and the moments count once. Left out: what CUDA, NCCL and vLLM's own passes and graphs take, and fragmentation;
-hence "fits" means within nine tenths of the GPU. The layer is Qwen3's; others without its two small norms take less.
+hence "fits" means within nine tenths of the GPU, and 2 to 4 GiB for CUDA graphs and NCCL's buffers, which stay while
+vLLM sleeps. The layer is Qwen3's; others without its two small norms take less.
+
+On the host rank 0 holds, while a checkpoint is written, the largest tensor in float32 and a copy of it, 8 bytes a
+weight, or twice checkpoint.SHARD_BYTES. Loading takes less, and other ranks take less. Left out: what Python, torch and
+vLLM take by themselves, and vLLM's own loading of its checkpoint.
 """
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from grpo import CHUNK
+from node.checkpoint import SHARD_BYTES
 from node.output import markdown
 from node.ranks import decoder_layers
 
@@ -50,19 +56,19 @@ def qwen3(size: str) -> Qwen3Config:
     """The shape of a published Qwen3.
 
     >>> parameters(qwen3("0.6B"))
-    (596049920, 15730944)
+    (596049920, 15730944, 155582464)
     """
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
              "intermediate_size", "tie_word_embeddings")  # fmt: skip
     return Qwen3Config(vocab_size=151_936, **dict(zip(names, QWEN3[size])))
 
 
-def parameters(config) -> tuple[int, int]:
-    """Number of weights of the whole model, a tied head counted once, and of its largest layer. No memory is taken."""
+def parameters(config) -> tuple[int, int, int]:
+    """Numbers of weights: of the whole model, a tied head counted once; of its largest layer; of its largest tensor."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     count = [sum(p.numel() for p in module.parameters()) for module in (model, *decoder_layers(model))]
-    return count[0], max(count[1:])
+    return count[0], max(count[1:]), max(p.numel() for p in model.parameters())
 
 
 def activations(config, dtype_bytes: int = 2, checkpointing: bool = False) -> tuple[int, int]:
@@ -108,7 +114,7 @@ def estimate(
     config is a transformers config; world the number of GPUs; micro_tokens at least the longest row of a batch, which
     is never split; dtype_bytes the forward pass's (2: bfloat16, 4: float32).
     """
-    total, layer = parameters(config)
+    total, layer, largest = parameters(config)
     root = total - layer * config.get_text_config().num_hidden_layers
     copied = world > 1 or dtype_bytes < 4  # else the pass computes with the master copy itself
     gib = {
@@ -123,11 +129,13 @@ def estimate(
         "vLLM cache": kv_cache_gib * GIB,
     }
     gib = {name: size / GIB for name, size in gib.items()}
+    host = max(8 * largest, 2 * SHARD_BYTES) / GIB
     vllm = gib["vLLM weights"] + gib["vLLM cache"]
     train = sum(gib.values()) - vllm
     generate = gib["weights"] + gib["AdamW"] + vllm  # gradients are freed after each step
     return gib | {
-        "train": train, "generate": generate, "peak, asleep": max(train, generate), "peak, awake": train + vllm
+        "train": train, "generate": generate, "peak, asleep": max(train, generate), "peak, awake": train + vllm,
+        "host, saving": host,
     }  # fmt: skip
 
 
@@ -145,7 +153,7 @@ def table() -> str:
     head = (
         "model", "GPUs", "weights, gradients, AdamW", "gathered, unreduced", "activations, checkpointed", "logits",
         "vLLM", "peak, vLLM asleep", "awake", "fits asleep, awake", "largest micro_tokens, checkpointed",
-        "rows in the cache",
+        "rows in the cache", "host, saving",
     )  # fmt: skip
     rows = [list(head)]
     for size in QWEN3:
@@ -163,7 +171,7 @@ def table() -> str:
                 ", ".join(
                     f"{largest_micro_tokens(limit, CONTEXT, config, checkpointing=x, **how):,}" for x in (False, True)
                 ),
-                f"{int(KV_CACHE_GIB * GIB / cache_bytes(config) / CONTEXT)}",
+                f"{int(KV_CACHE_GIB * GIB / cache_bytes(config) / CONTEXT)}", f"{gib['host, saving']:.1f}",
             ])  # fmt: skip
     return markdown(rows)
 

@@ -13,8 +13,9 @@ from grpo import check_head
 from heads import layer_range, split_heads
 from metrics import measure_spans
 from node import memory, ranks
+from node.checkpoint import load_sharded
 from node.run import resumed
-from rollout import fill_defaults, load_model, load_tokenizer
+from rollout import fill_defaults, load_tokenizer
 
 
 def complete(args, defaults: dict):
@@ -111,20 +112,21 @@ def print_plan(args) -> None:
     )
 
 
-def load(args, source: str | Path):
-    """Model (float32, on the CPU), tokenizer, training and held-out problems.
+def load(args, source: str | Path, device: torch.device):
+    """Model (float32, on the device, sharded), tokenizer, training and held-out problems.
 
     Raises ValueError for whatever would stop the run later: too few problems, a head that cannot be scored, attention
     that cannot be recorded though the credit needs it.
     """
     tokenizer = load_tokenizer(str(source), args.max_model_len)
     train_set, test_set = load_problems(args, tokenizer)
-    model, _ = load_model(str(source), "cpu")
+    model = load_sharded(str(source), device)
     check_head(model)
     if args.credit in NEED_ATTENTION or args.watch_signals:
-        ids = torch.tensor([[0, 1, 2]])
+        ids = torch.tensor([[0, 1, 2]], device=device)
         layers = layer_range(model.config.get_text_config().num_hidden_layers, args.layers)
         split_heads(measure_spans(model, ids, ids > 0, layers), args.head_quantile)
+    ranks.reshard(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         for module in model.modules():  # only these look at it: dropout, if there is any, stays off

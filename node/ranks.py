@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
@@ -94,11 +94,23 @@ def shard(model, device: torch.device):
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+def reshard(model) -> None:
+    """Needed after a pass without gradient: it leaves the weights of FSDP's root gathered, and model.parameters() then
+    gives those, which no optimizer may hold and no state dict finds."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def named_weights(model) -> Iterator[tuple[str, Tensor]]:
     """Every weight by name, whole, one at a time: no device ever holds more than one besides its shards."""
     for name, p in model.named_parameters():
-        p = p.detach()
-        yield name, p.full_tensor() if isinstance(p, DTensor) else p
+        yield name, whole(p)
+
+
+def whole(p: Tensor) -> Tensor:
+    """A weight of which each rank has a part (all must call), or which is whole already."""
+    p = p.detach()
+    return p.full_tensor() if isinstance(p, DTensor) else p
 
 
 def share(items: list) -> list:

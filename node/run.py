@@ -21,8 +21,10 @@ from heads import Heads, layer_range
 from node import checkpoint, ranks
 from node.output import minutes, write_whole
 
-# The largest mean |logp_vllm - logp_torch| that rounding can explain; beyond it the sampler has other weights.
+# The largest mean |logp_vllm - logp_torch| that rounding can explain; beyond it the sampler has other weights. On a GPU
+# both round to bfloat16, and what that makes depends on the model: there the first steps of the run are the measure.
 GAP_LIMIT = {"cpu": 1e-3, "cuda": 0.3}
+GAP_STEPS, GAP_FACTOR = 3, 5
 SKIP_LIMIT = 3  # steps in a row with a gradient that is not finite
 SHOWN = {"reward": ".2f", "gap_mean": ".0e", "entropy": ".2f", "tokens_per_s": ".0f"}  # beside the progress bar
 
@@ -109,9 +111,23 @@ class Run:
         every = self.args.eval_every
         return self.step in (0, self.args.steps) or (every > 0 and self.step % every == 0)
 
+    def gap_limit(self) -> float:
+        """The sampler gap above which the run stops, at this step."""
+        device = next(self.model.parameters()).device.type
+        first = [r["gap_mean"] for r in self.log.records if "gap_mean" in r][:GAP_STEPS]
+        if device == "cpu" or self.step <= GAP_STEPS:
+            return GAP_LIMIT[device]
+        return GAP_FACTOR * sum(first) / len(first)
+
     def _stop_if_broken(self, record: dict) -> None:
         gap = record["gap_mean"]
-        if not gap <= GAP_LIMIT[next(self.model.parameters()).device.type]:  # not a number counts as too much
+        if record["stale_weight"]:
+            self.save()
+            ranks.fail(
+                f"step {self.step}: after the reload the sampler does not hold {record['stale_weight']} as the trainer "
+                f"does, so it would sample from another model. The trainer's weights are saved: {self.folder}"
+            )
+        if not gap <= self.gap_limit():  # not a number counts as too much
             if gap > 0:
                 self.save()
             ranks.fail(

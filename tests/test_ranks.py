@@ -2,18 +2,15 @@
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
-import rollout
-import tasks
-from node import ranks
+from node import ranks, replay
 
 ROOT = Path(ranks.__file__).parents[1]
 
@@ -26,14 +23,9 @@ def torchrun(ranks, *argv, timeout=240):
 
 
 def test_one_and_two_ranks_train_alike_on_the_same_rollouts(tmp_path):
-    torch.manual_seed(0)
-    problems = tasks.load("countdown-tiny", "train", 18)
-    actor = rollout.TorchActor(*rollout.load_model("assets/tiny"))
-    groups = actor.generate([p.prompt for p in problems], n=8, max_tokens=80)
-    sampled = {p.prompt: g for p, g in zip(problems, groups)}
-    (tmp_path / "rollouts").write_bytes(pickle.dumps((problems, sampled)))
+    replay.record(tmp_path / "rollouts")
     for count in (1, 2):
-        done = torchrun(count, "tests/replay.py", tmp_path / "rollouts", tmp_path / str(count))
+        done = torchrun(count, "-m", "node.replay", tmp_path / "rollouts", tmp_path / str(count))
         assert done.returncode == 0, done.stderr[-20000:]
     one, two = (json.loads((tmp_path / name).read_text()) for name in "12")
     assert sum(r["grad_norm"] > 0 for r in one) == 3, "all three steps learned something"
@@ -47,6 +39,31 @@ def test_one_and_two_ranks_train_alike_on_the_same_rollouts(tmp_path):
     moved = max((weights[0][name] - w).abs().max().item() for name, w in start.items())
     apart = max((weights[0][name] - w).abs().max().item() for name, w in weights[1].items())
     assert apart < 0.05 * moved, (apart, moved)
+
+
+def test_no_rank_holds_more_than_its_share_of_a_large_model(tmp_path):
+    """110 million weights, loaded and saved by two ranks: 1.3 times a rank's share and the largest layer, at most."""
+    shape = Qwen3Config(
+        vocab_size=1000, hidden_size=1024, intermediate_size=3072, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    weights, layer = (
+        sum(p.nbytes for p in model.parameters()),
+        sum(p.nbytes for p in model.model.layers[0].parameters()),
+    )
+    (tmp_path / "run").mkdir()
+    done = torchrun(2, "tests/host_memory.py", tmp_path / "model", tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-20000:]
+    found = json.loads((tmp_path / "run" / "memory.json").read_text())
+    assert len(found) == 2
+    for loading, saving in found:
+        assert 0.9 * weights / 2 < loading < 1.3 * weights / 2 + layer
+        assert 0.9 * 3 * weights / 2 < saving < 1.3 * 3 * weights / 2 + layer
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-1", dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 
 
 @pytest.mark.vllm

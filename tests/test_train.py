@@ -12,7 +12,7 @@ import rollout
 import train
 from node import prepare
 from node import run as node_run
-from tests.replay import Replay
+from node.replay import Replay
 
 SMALL = ["--steps", "3", "--prompts", "6", "--group", "4", "--minibatches", "2", "--eval_problems", "16",
          "--max_tokens", "96"]  # fmt: skip
@@ -43,7 +43,7 @@ def test_a_run_with_vllm(tmp_path, capsys):
     assert [r["step"] for r in steps] == [1, 2, 3]
     for r in steps:
         assert r["gap_max"] < 1e-3 and r["gap_mean"] <= r["gap_max"]
-        assert set(r["seconds"]) == {"generate", "score", "credit", "update", "reload"}
+        assert set(r["seconds"]) == {"generate", "score", "credit", "update", "reload", "check"}
         assert r["truncated"] < 24 and r["empty"] == 0 and r["within_horizon"] == 0 and 0.05 < r["entropy"] < 0.6
         assert 1 < r["gamma"] < 1.75 and r["equal_groups"] + r["unequal_groups"] == 6
     assert any(r["grad_norm"] > 0 for r in steps)
@@ -58,12 +58,26 @@ def test_a_run_with_vllm(tmp_path, capsys):
 
 @pytest.mark.vllm
 def test_a_sampler_that_was_not_reloaded_stops_the_run(tmp_path, monkeypatch):
+    """At the first step by its weights; and if nobody looked at those, within a few by its log-probabilities."""
     monkeypatch.setattr(rollout.VLLMActor, "reload", lambda self, model: None)
+    with pytest.raises(SystemExit, match=r"step 1: after the reload the sampler does not hold \S+weight"):
+        run("--out", tmp_path / "looked", "--eval_problems", 2)
+    assert list((tmp_path / "looked").glob("checkpoint-1/config.json")), "nothing is lost"
+    monkeypatch.setattr(train, "first_difference", lambda *args: None)
     with pytest.raises(SystemExit, match="weights were not reloaded"):
         run("--out", tmp_path / "run", "--steps", 12, "--eval_problems", 2)
     steps = [r for r in records(tmp_path / "run") if "reward" in r]
     assert len(steps) <= 4, "noticed within a few steps, at the default learning rate"
     assert list((tmp_path / "run").glob("checkpoint-*/config.json")), "nothing is lost"
+
+
+def test_on_a_gpu_the_first_steps_say_what_gap_is_too_large(monkeypatch):
+    log = type("Log", (), {"records": [{"gap_mean": g} for g in (0.01, 0.02, 0.03, 0.04)]})
+    on_gpu = type("Model", (), {"parameters": lambda self: iter([torch.empty(0, device="meta")])})()
+    monkeypatch.setitem(node_run.GAP_LIMIT, "meta", 0.3)  # a device that is no CPU
+    for step, limit in ((1, 0.3), (3, 0.3), (4, 0.1), (9, 0.1)):
+        state = type("Run", (), {"log": log, "model": on_gpu, "step": step})
+        assert node_run.Run.gap_limit(state) == pytest.approx(limit)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,65 @@
+"""A few training steps on rollouts that were sampled before: the same for any number of ranks, up to rounding.
+
+torchrun --nproc-per-node 2 -m node.replay ROLLOUTS OUT
+"""
+
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+
+import train
+from node import checkpoint, ranks
+from rollout import EMBEDDED, TorchActor, load_model
+
+STEPS, PROMPTS = 3, 6
+
+
+class Replay:
+    """An actor that gives each problem the responses that were sampled for it."""
+
+    def __init__(self, sampled: dict[str, list]):
+        self.sampled = sampled
+
+    def generate(self, prompts: list[str], n: int, max_tokens: int) -> list[list]:
+        """Those of the prompts."""
+        return [self.sampled[p] for p in prompts]
+
+    def sleep(self) -> None:
+        """Nothing to free."""
+
+    def reload(self, model) -> None:
+        """Nothing to copy."""
+
+
+def record(path: Path) -> None:
+    """Sample rollouts of the embedded model for main() to learn from."""
+    torch.manual_seed(0)
+    problems = train.tasks.load("countdown-tiny", "train", STEPS * PROMPTS)
+    actor = TorchActor(*load_model(EMBEDDED))
+    groups = actor.generate([p.prompt for p in problems], n=8, max_tokens=80)
+    path.write_bytes(pickle.dumps((problems, {p.prompt: g for p, g in zip(problems, groups)})))
+
+
+def main(rollouts: str, out: str) -> None:
+    problems, sampled = pickle.loads(Path(rollouts).read_bytes())
+    device = ranks.start()
+    args = train.Args(prompts=PROMPTS, group=8, minibatches=3, micro_tokens=700, credit="coupled")
+    model = checkpoint.load_sharded(EMBEDDED, device)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.0, fused=True)
+    generator, heads, records = torch.Generator().manual_seed(0), None, []
+    for step in range(STEPS):
+        batch = problems[PROMPTS * step : PROMPTS * (step + 1)]
+        found, heads = train.train_step(args, model, optimizer, Replay(sampled), batch, heads, generator)
+        records.append(found)
+    weights = {name: w.cpu().clone() for name, w in ranks.named_weights(model)}
+    if ranks.rank() == 0:
+        Path(out).write_text(json.dumps(records))
+        torch.save(weights, out + ".pt")
+    ranks.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
