@@ -35,6 +35,7 @@ except ImportError as e:
 SPAN_ROWS = 32  # responses of each process that the head split is measured on
 CLIPPING = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # TRL's losses that clip the ratio
 LOSSES = (*CLIPPING, "cispo", "sapo", "vespo")  # all of them that take an advantage for each token
+PROMPTS, GROUP, MINIBATCHES, MAX_TOKENS = 32, 8, 4, 128  # of the command's batches
 
 
 class RhythmGRPOTrainer(GRPOTrainer):
@@ -159,7 +160,7 @@ class Args:
     """Train the embedded model on Countdown with TRL; prints its success on held-out problems before and after."""
 
     credit: Literal[CREDITS] = HfArg(default="coupled", help="Which tokens get more of the advantage.")
-    batches: int = HfArg(default=20, help="Batches of 256 rollouts, four updates on each.")
+    batches: int = HfArg(default=20, help=f"Batches of {PROMPTS * GROUP} rollouts, {MINIBATCHES} updates on each.")
     lr: float = HfArg(default=2e-4, help="Learning rate.")
     problems: int = HfArg(default=256, help="Held-out problems, two sampled responses to each.")
     seed: int = HfArg(default=0, help="Seed of sampling and training.")
@@ -176,25 +177,25 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(EMBEDDED)
     actor, held_out = TorchActor(model, tokenizer), tasks.load("countdown-tiny", "test", args.problems)
-    before = evaluate(actor, held_out, n=2, max_tokens=128)[1].mean(1)
-    problems = {p.prompt: p for p in tasks.load("countdown-tiny", "train", 32 * args.batches, args.seed)}
+    before = evaluate(actor, held_out, n=2, max_tokens=MAX_TOKENS)[1].mean(1)
+    problems = {p.prompt: p for p in tasks.load("countdown-tiny", "train", PROMPTS * args.batches, args.seed)}
 
     def reward(prompts, completions, **_) -> list[float]:
         return [tasks.reward(problems[p], text) for p, text in zip(prompts, completions)]
 
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=4 * args.batches, per_device_train_batch_size=64,
-        steps_per_generation=4, num_generations=8, max_completion_length=128, learning_rate=args.lr, loss_type="grpo",
-        lr_scheduler_type="constant_with_warmup", warmup_steps=20, weight_decay=0.0, optim="adamw_torch_fused",
-        gradient_checkpointing=False, bf16=False, seed=args.seed, report_to="none", save_strategy="no",
-        logging_strategy="no",
+        output_dir=tempfile.mkdtemp(), max_steps=MINIBATCHES * args.batches, steps_per_generation=MINIBATCHES,
+        per_device_train_batch_size=PROMPTS * GROUP // MINIBATCHES, num_generations=GROUP, loss_type="grpo",
+        max_completion_length=MAX_TOKENS, learning_rate=args.lr, lr_scheduler_type="constant_with_warmup",
+        warmup_steps=5 * MINIBATCHES, weight_decay=0.0, optim="adamw_torch_fused", gradient_checkpointing=False,
+        bf16=False, seed=args.seed, report_to="none", save_strategy="no", logging_strategy="no",
     )  # fmt: skip
     trainer = RhythmGRPOTrainer(
         model, reward, config, Dataset.from_list([{"prompt": p} for p in problems]), processing_class=tokenizer,
         credit=args.credit,
     )  # fmt: skip
     trainer.train()
-    after = evaluate(actor, held_out, n=2, max_tokens=128)[1].mean(1)
+    after = evaluate(actor, held_out, n=2, max_tokens=MAX_TOKENS)[1].mean(1)
     (low, high), gain = (100 * x.mean().item() for x in (before, after)), mean_interval(after - before)
     seconds = time.perf_counter() - start
     print(

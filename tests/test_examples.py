@@ -142,10 +142,37 @@ def test_without_trl_one_line_says_what_to_install(monkeypatch):
         runpy.run_path(trl_rhythm.__file__)
 
 
-def test_the_command_trains_and_ends_with_what_it_reached(capsys):
+def test_the_command_trains_and_ends_with_what_it_reached(capsys, monkeypatch):
+    monkeypatch.setattr(trl_rhythm, "PROMPTS", 4)
+    monkeypatch.setattr(trl_rhythm, "MAX_TOKENS", 24)
     trl_rhythm.main(trl_rhythm.Args(batches=1, problems=2))
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert re.match(r"held-out success \d+\.\d % -> \d+\.\d % with credit coupled, .*, 1 batches, \d+ s$", last)
+
+
+OWN_STEP = """
+torch.manual_seed(0)
+before = [p.detach().clone() for p in model.parameters()]
+questions = ["3 7 5>38\\n<think>", "10 12 5>27\\n<think>"]
+done = [training_step(questions, lambda question, text: text.count(question[0])) for _ in range(2)]
+assert all(d["grad_norm"] > 0 and d["skipped"] == 0 for d in done), done
+assert any(not torch.equal(p, q) for p, q in zip(before, model.parameters()))
+import sys
+print(*{name.split(".")[0] for name in sys.modules})
+"""
+
+
+def test_the_readmes_step_runs_in_a_folder_with_the_four_files(tmp_path):
+    (step,) = re.findall(r"```python\n(.*?)```", (ROOT / "examples" / "README.md").read_text(), re.DOTALL)
+    name, tokens = '"Qwen/Qwen3-0.6B"', "max_new_tokens=256"
+    assert name in step and tokens in step
+    step = step.replace(name, repr(str(ROOT / rollout.EMBEDDED))).replace(tokens, "max_new_tokens=24")
+    for module in ("heads", "metrics", "credit", "grpo"):
+        (tmp_path / f"{module}.py").write_text((ROOT / f"{module}.py").read_text())
+    (tmp_path / "own.py").write_text(step + OWN_STEP)
+    done = subprocess.run([sys.executable, "own.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not {"tasks", "rollout", "node", "examples", "trl", "peft"} & set(done.stdout.split())
 
 
 def test_two_processes(tmp_path):
