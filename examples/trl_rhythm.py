@@ -160,9 +160,9 @@ class Args:
     """Train the embedded model on Countdown with TRL; prints its success on held-out problems before and after."""
 
     credit: Literal[CREDITS] = HfArg(default="coupled", help="Which tokens get more of the advantage.")
-    batches: int = HfArg(default=20, help=f"Batches of {PROMPTS * GROUP} rollouts, {MINIBATCHES} updates on each.")
-    lr: float = HfArg(default=2e-4, help="Learning rate.")
-    problems: int = HfArg(default=256, help="Held-out problems, two sampled responses to each.")
+    batches: int = HfArg(default=8, help=f"Batches of {PROMPTS * GROUP} rollouts, {MINIBATCHES} updates on each.")
+    lr: float = HfArg(default=3e-4, help="Learning rate.")
+    problems: int = HfArg(default=192, help="Held-out problems, two sampled responses to each.")
     seed: int = HfArg(default=0, help="Seed of sampling and training.")
 
 
@@ -187,7 +187,7 @@ def main(args: Args) -> None:
         output_dir=tempfile.mkdtemp(), max_steps=MINIBATCHES * args.batches, steps_per_generation=MINIBATCHES,
         per_device_train_batch_size=PROMPTS * GROUP // MINIBATCHES, num_generations=GROUP, loss_type="grpo",
         max_completion_length=MAX_TOKENS, learning_rate=args.lr, lr_scheduler_type="constant_with_warmup",
-        warmup_steps=5 * MINIBATCHES, weight_decay=0.0, optim="adamw_torch_fused", gradient_checkpointing=False,
+        warmup_steps=2 * MINIBATCHES, weight_decay=0.0, optim="adamw_torch_fused", gradient_checkpointing=False,
         bf16=False, seed=args.seed, report_to="none", save_strategy="no", logging_strategy="no",
     )  # fmt: skip
     trainer = RhythmGRPOTrainer(

@@ -207,7 +207,7 @@ def one_layer(args: Args) -> None:
 
 
 def whole_step(args: Args) -> None:
-    """Training steps of the embedded model, in turns: TRL's GRPOTrainer, the same with coupled credit, and ours with it.
+    """Training steps of the embedded model, in turns: TRL's GRPOTrainer, the same with coupled credit, and ours.
 
     The same problems, 256 rollouts of up to 128 tokens, four updates, float32, and a learning rate so small that the
     lengths stay the same. TRL generates with transformers: its vLLM mode wants a GPU. One trainer takes both of TRL's
