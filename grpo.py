@@ -78,6 +78,8 @@ def token_logprobs(model, input_ids: Tensor, mask: Tensor, entropy: bool = False
     input_ids [B,N] right-padded, mask [B,N] bool. No attention mask is needed: padding lies after every real token,
     where causal attention never looks. Logits are made only where the mask is, and never all at once: the output head
     runs chunk by chunk, in the backward pass again. Returns ([B,N], [B,N] or None), 0 outside the mask. Temperature 1.
+    The model may be wrapped by DDP, FSDP2 or PEFT (LoRA), by whomever. Autocast is the caller's: a forward that
+    accelerate has replaced to enter it is not called, so call within accelerator.autocast().
     """
     if mask[:, 0].any():
         raise ValueError("mask marks token 0, which nothing comes before: every response needs a prompt")

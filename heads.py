@@ -168,6 +168,7 @@ def record(model, layers: list[int]) -> Iterator[dict[int, Recorded]]:
     model without such attention).
     """
     global _recording
+    model = getattr(model, "module", model)  # DDP's own model
     own_attention, recorded = model.config._attn_implementation, dict.fromkeys(layers)
     try:
         model.set_attn_implementation("recording")

@@ -9,7 +9,7 @@ that count and for no others, a band along the diagonal:
     span   = mean over t in R of sum_s A[t,s] (t-s)         = t - (what the head outputs when its values are positions)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -68,16 +68,29 @@ def observe(
     heads: Heads | None = None,
     window: int = 10,
     horizon: tuple[int, int | None] = (10, 100),
+    attention_mask: Tensor | None = None,
+    score: Callable[..., tuple[Tensor, Tensor]] = token_logprobs,
 ) -> Signals:
     """One forward pass without gradient: pi_old log-probs, entropy, WAAD and FAI. No map is ever made.
 
-    input_ids [B,N] right-padded, mask [B,N] bool, the response tokens. heads is the split to use; None measures it on
-    this batch, in five layers of the middle third. Raises ValueError for models whose attention cannot be recorded.
+    input_ids [B,N], mask [B,N] bool, the response tokens. heads is the split to use; None measures it on this batch, in
+    five layers of the middle third. Without attention_mask, padding is taken to lie on the right. A batch padded on the
+    left or on both sides needs attention_mask [B,N], 1 for real tokens: rows are shifted to right padding, and what is
+    found is shifted back to the caller's places. score(model, input_ids, mask, entropy=True) makes the pass over
+    right-padded rows; a trainer that has its own way to log-probs gives that.
+    Raises ValueError for an attention_mask that has holes or leaves out tokens of mask, and for models whose attention
+    cannot be recorded.
     """
-    layers = heads.layers if heads else middle_layers(model.config.get_text_config().num_hidden_layers)
+    if attention_mask is not None:
+        places = right_padding(attention_mask, mask)
+        shifted = (x.gather(1, places) for x in (input_ids, mask))
+        *found, heads = observe(model, *shifted, heads, window, horizon, score=score)
+        return Signals(*(torch.zeros(mask.shape, device=mask.device).scatter(1, places, x) for x in found), heads)
+    config = getattr(model, "module", model).config  # DDP's own model
+    layers = heads.layers if heads else middle_layers(config.get_text_config().num_hidden_layers)
     with torch.no_grad():
         with record(model, layers) as recorded:
-            logprobs, entropy = token_logprobs(model, input_ids, mask, entropy=True)
+            logprobs, entropy = score(model, input_ids, mask, entropy=True)
         if heads is None:
             spans = torch.stack([streamed_spans(recorded[layer], mask) for layer in layers])
             heads = Heads(layers, spans, *split_heads(spans))
@@ -87,6 +100,26 @@ def observe(
         mean_waad = streamed_waad(local_heads, mask, window).mean(1)
         mean_fai = streamed_fai(global_heads, mask, horizon).mean(1)
     return Signals(logprobs, entropy, mean_waad, mean_fai, heads)
+
+
+def right_padding(attention_mask: Tensor, mask: Tensor) -> Tensor:
+    """The places that each row's tokens come from when it is shifted to begin with its first real one.
+
+    attention_mask [B,N], 1 for real tokens; mask [B,N] bool. Returns [B, longest row].
+
+    >>> right_padding(torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 1, 0]]), torch.zeros(2, 5, dtype=torch.bool))
+    tensor([[2, 3, 4],
+            [1, 2, 3]])
+    """
+    real = attention_mask.bool()
+    if (mask & ~real).any():
+        raise ValueError("mask marks a response token where attention_mask is 0")
+    first, n = real.int().argmax(1, keepdim=True), real.shape[1]
+    places = (first + torch.arange(n, device=real.device)) % n
+    shifted = real.gather(1, places)
+    if (shifted[:, 1:] & ~shifted[:, :-1]).any():
+        raise ValueError("attention_mask has a hole, a 0 between 1s: a row's real tokens must lie side by side")
+    return places[:, : int(real.sum(1).max())]
 
 
 def measure_spans(model, input_ids: Tensor, mask: Tensor, layers: list[int]) -> Tensor:

@@ -2,7 +2,7 @@
 
     python -m lab.bench                                                a scoring pass of Qwen3-0.6B's shape
     python -m lab.bench --table layer --lengths 4096 16384 32768       one layer of that shape, against full maps
-    pip install trl==1.16.0; python -m lab.bench --table step --repeats 20        our training step against TRL's
+    python -m lab.bench --table step --repeats 20                      a training step: TRL's, with credit, and ours
 
 Weights are random: time and memory do not depend on them. On a GPU it runs in bfloat16, on CPUs in float32.
 """
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -184,16 +184,16 @@ def one_layer(args: Args) -> None:
 
 
 def whole_step(args: Args) -> None:
-    """Training steps of the embedded model, in turns: TRL's GRPOTrainer, ours uniform, ours coupled.
+    """Training steps of the embedded model, in turns: TRL's GRPOTrainer, the same with coupled credit, and ours.
 
     The same problems, 256 rollouts of up to 128 tokens, four updates, float32, and a learning rate so small that the
-    lengths stay the same. TRL generates with transformers: its vLLM mode wants a GPU.
+    lengths stay the same. TRL generates with transformers: its vLLM mode wants a GPU. One trainer takes both of TRL's
+    turns, because with uniform credit it is TRL's to the bit.
     """
-    try:
-        from datasets import Dataset
-        from trl import GRPOConfig, GRPOTrainer
-    except ImportError as e:
-        sys.exit(f"error: {e}: this table needs pip install trl==1.16.0")
+    from datasets import Dataset
+
+    from examples.trl_rhythm import GRPOConfig, RhythmGRPOTrainer
+
     ours, _ = fill_defaults(train.Args(lr=1e-6), train.DEFAULTS, EMBEDDED)
     problems = tasks.load(ours.task, "train")
     model, tokenizer = load_model(ours.model)
@@ -201,71 +201,77 @@ def whole_step(args: Args) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), ours.lr, weight_decay=0.0, fused=True)
     generator, heads = torch.Generator().manual_seed(0), None
     by_prompt = {p.prompt: p for p in problems}
-    turns: list[dict[str, float]] = []
+    names = {"uniform": "TRL", "coupled": "TRL, coupled"}
+    turns: list[dict[str, float]] = [{}]
+    shares: list[float] = []  # of TRL's coupled steps, what WAAD and FAI take
     phases: list[dict[str, float]] = []
 
     class TakeTurns(TrainerCallback):
-        """After every four of TRL's steps (one batch of rollouts), one of ours with each credit."""
+        """TRL makes four steps (one batch of rollouts) with each credit; then ours learns from the same problems."""
 
-        start = 0.0
-        counted = 0
+        start = signals = 0.0
 
         def on_step_begin(self, config, state, control, **kwargs) -> None:
             if state.global_step % ours.minibatches == 0:
-                self.start = time.perf_counter()
+                first = ["uniform", "coupled"][len(turns) % 2]  # each comes first in every other turn
+                trainer.credit = first if not turns[-1] else ({"uniform", "coupled"} - {first}).pop()
+                self.start, self.signals = time.perf_counter(), clock.seconds.get("signals", 0.0)
 
         def on_step_end(self, config, state, control, **kwargs) -> None:
             nonlocal heads
             if state.global_step % ours.minibatches:
                 return
-            turn = {"TRL, uniform": time.perf_counter() - self.start}
-            batch = problems[len(turns) * ours.prompts :][: ours.prompts]
-            for credit in ("uniform", "coupled"):
-                arm = replace(ours, credit=credit)
-                kept = heads if len(turns) % ours.heads_every else None
-                with signals_timed() as clock:
-                    record, measured = train.train_step(arm, model, optimizer, actor, batch, kept, generator)
-                turn[f"ours, {credit}"] = sum(record["seconds"].values())
-                heads = measured or heads
-                signals = clock.seconds.get("signals", 0.0)  # a part of the scoring pass
-                phase = record["seconds"] | {"score": record["seconds"]["score"] - signals, "WAAD and FAI": signals}
-                phases.append({"kind": credit, "tokens": record["length"] * 256, **phase})
-            turns.append(turn)
+            turns[-1][names[trainer.credit]] = whole = time.perf_counter() - self.start
+            if trainer.credit == "coupled":
+                shares.append((clock.seconds["signals"] - self.signals) / whole)
+            if len(turns[-1]) < 2:
+                return
+            batch, before = problems[(len(turns) - 1) * ours.prompts :][: ours.prompts], clock.seconds["signals"]
+            kept = heads if (len(turns) - 1) % ours.heads_every else None
+            record, heads = train.train_step(ours, model, optimizer, actor, batch, kept, generator)
+            turns[-1]["ours, coupled"] = sum(record["seconds"].values())
+            signals = clock.seconds["signals"] - before  # a part of the scoring pass
+            phases.append(record["seconds"] | {"score": record["seconds"]["score"] - signals, "WAAD and FAI": signals})
+            turns.append({})
             bar.update()
 
-    rows = [{"prompt": p.prompt} for p in problems[: (args.repeats + 1) * ours.prompts]]
+    batches = [problems[i * ours.prompts :][: ours.prompts] for i in range(args.repeats + 1) for _ in names]
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(), use_cpu=DEVICE == "cpu", bf16=False, report_to="none", disable_tqdm=True,
-        save_strategy="no", logging_strategy="no", gradient_checkpointing=False,
-        max_steps=(args.repeats + 1) * ours.minibatches,
+        save_strategy="no", logging_strategy="no", gradient_checkpointing=False, shuffle_dataset=False,
+        max_steps=len(batches) * ours.minibatches,
         per_device_train_batch_size=ours.prompts * ours.group // ours.minibatches,
         steps_per_generation=ours.minibatches, num_generations=ours.group, max_completion_length=ours.max_tokens,
         learning_rate=ours.lr, beta=0.0, loss_type="grpo", epsilon=ours.epsilon, temperature=1.0,
         optim="adamw_torch_fused",
     )  # fmt: skip
-    trainer = GRPOTrainer(
+    trainer = RhythmGRPOTrainer(
         model=load_model(ours.model)[0],
         processing_class=tokenizer,
         args=config,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list([{"prompt": p.prompt} for batch in batches for p in batch]),
         callbacks=[TakeTurns()],
         reward_funcs=lambda prompts, completions, **_: [
             tasks.reward(by_prompt[p], c) for p, c in zip(prompts, completions)
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    with tqdm(total=args.repeats + 1, desc="turns") as bar:
+    with tqdm(total=args.repeats + 1, desc="turns") as bar, signals_timed() as clock:
         trainer.train()
     actor.close()
-    turns, phases = turns[1:], phases[2:]  # the first turn warms up
-    medians = {name: statistics.median(t[name] for t in turns) for name in turns[0]}
-    faster = {name: statistics.median(t["TRL, uniform"] / t[name] for t in turns) for name in medians}
-    rows = [["256 rollouts", "s", "times faster than TRL"]]
-    print(markdown(rows + [[name, f"{s:.2f}", f"{faster[name]:.2f}"] for name, s in medians.items()]))
-    coupled = [p for p in phases if p["kind"] == "coupled"]
-    names = ["generate", "score", "WAAD and FAI", "credit", "update", "reload"]
-    whole = sum(p[n] for p in coupled for n in names)
-    print("\nours, coupled: " + ", ".join(f"{n} {100 * sum(p[n] for p in coupled) / whole:.1f} %" for n in names))
+    turns, shares, phases = turns[1:-1], shares[1:], phases[1:]  # the first turn warms up, the last has not begun
+    rows = [["256 rollouts", "s", "of TRL's time", "lowest and highest turn"]]
+    for name in turns[0]:
+        seconds, ratios = ([t[name] / (t["TRL"] if ratio else 1) for t in turns] for ratio in (False, True))
+        middle = statistics.median(ratios)
+        rows.append(
+            [name, f"{statistics.median(seconds):.2f}", f"{middle:.3f}", f"{min(ratios):.3f}, {max(ratios):.3f}"]
+        )
+    print(markdown(rows))
+    print(f"\nTRL, coupled: WAAD and FAI {100 * statistics.median(shares):.1f} %")
+    parts = ["generate", "score", "WAAD and FAI", "credit", "update", "reload"]
+    whole = sum(p[n] for p in phases for n in parts)
+    print("ours, coupled: " + ", ".join(f"{n} {100 * sum(p[n] for p in phases) / whole:.1f} %" for n in parts))
 
 
 def main(args: Args) -> None:

@@ -5,6 +5,8 @@ import statistics
 
 import pytest
 import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -188,6 +190,40 @@ def test_token_logprobs_are_those_of_the_unpadded_sequence():
     assert (grpo.token_logprobs(model, ids, torch.zeros_like(mask), entropy=True)[1] == 0).all()
     with pytest.raises(ValueError, match="token 0"):
         grpo.token_logprobs(model, ids, t.expand(4, -1) >= 0)
+
+
+def batch_of(rows=3, n=20):
+    ids = torch.randint(0, 40, (rows, n), generator=torch.Generator().manual_seed(0))
+    return ids, torch.arange(n).expand(rows, -1) > 4
+
+
+def test_a_lora_model_is_scored_with_its_adapters_and_trains_them_alone():
+    model = get_peft_model(small_model(head_dim=16), LoraConfig(target_modules=["q_proj", "v_proj"]))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(0))  # fresh ones are 0 and change nothing
+    batch = batch_of()
+    logprobs = grpo.token_logprobs(model, *batch)[0]
+    logprobs.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    with model.disable_adapter():
+        assert (grpo.token_logprobs(model, *batch)[0] - logprobs).abs().max() > 0.1
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(grpo.token_logprobs(merged, *batch)[0], logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_accelerate_prepared_keeps_its_forward():
+    plain, batch = small_model(head_dim=16), batch_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        want = grpo.token_logprobs(plain, *batch)[0]
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.prepare(small_model(head_dim=16))
+    own = model.__dict__["forward"]
+    with accelerator.autocast():
+        got = grpo.token_logprobs(model, *batch)[0]
+    assert model.__dict__["forward"] is own and torch.equal(got, want)
+    assert not torch.equal(got, grpo.token_logprobs(plain, *batch)[0]), "bfloat16 shows"
+    assert model(input_ids=batch[0]).logits.dtype == torch.float32, "accelerate's wrapper still runs"
 
 
 def test_the_upper_clip_may_be_higher():

@@ -19,11 +19,10 @@ def imported(path):
             yield node.module, node in tree.body
 
 
-def test_only_watch_signals_imports_lab_from_outside_and_only_lab_imports_scipy():
+def test_only_watch_signals_imports_lab_from_outside_and_only_lab_imports_scipy_and_trl():
     outside = [p for p in SOURCES if p.relative_to(ROOT).parts[0] not in ("lab", "examples")]
-    found = {
-        (p.name, name, top) for p in outside for name, top in imported(p) if name.split(".")[0] in ("lab", "scipy")
-    }
+    reserved = ("lab", "examples", "scipy", "trl", "peft", "accelerate")
+    found = {(p.name, name, top) for p in outside for name, top in imported(p) if name.split(".")[0] in reserved}
     assert found == {("run.py", "lab.linkage", False)}
 
 

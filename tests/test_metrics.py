@@ -19,6 +19,8 @@ from transformers import (
 
 import heads
 import metrics
+from grpo import token_logprobs
+from lab.bench import peak_mib
 
 SHAPE = dict(vocab_size=50, hidden_size=48, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=512)  # fmt: skip
@@ -98,6 +100,67 @@ def test_signals_equal_transformers_eager_maps(name):
 def model_back(model):
     model.set_attn_implementation("sdpa")
     return model
+
+
+def shifted(x, by):
+    """Each row moved to the right by so many places, round the end."""
+    return torch.stack([row.roll(places) for row, places in zip(x, by)])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_left_padding_gives_the_numbers_of_right_padding_in_the_callers_places(name):
+    model = llm(*MODELS[name][:2], **MODELS[name][2])
+    lengths = [(5, 100), (30, 1), (2, 10), (8, 70), (3, 0)]
+    ids, mask = ragged(lengths, 110)
+    want = metrics.observe(model, ids, mask)
+    real = torch.arange(110) < torch.tensor([[p + r] for p, r in lengths])
+    left = [110 - p - r for p, r in lengths]
+    both = [n // 2 for n in left]  # as TRL pads: prompts on the left, responses on the right
+    for by in (left, both, [0] * 5):
+        padded_ids, padded_mask, attention = (shifted(x, by) for x in (ids, mask, real.long()))
+        got = metrics.observe(model, padded_ids, padded_mask, attention_mask=attention)
+        torch.testing.assert_close(got.heads.spans, want.heads.spans, rtol=1e-5, atol=1e-5)
+        assert torch.equal(got.heads.is_local, want.heads.is_local)
+        assert torch.equal(got.heads.is_global, want.heads.is_global)
+        for there, here in zip(got[:4], want[:4]):
+            torch.testing.assert_close(there, shifted(here, by), rtol=1e-5, atol=1e-5)
+    unmasked = metrics.observe(model, shifted(ids, left), shifted(mask, left), want.heads)
+    assert (unmasked.waad - shifted(want.waad, left)).abs().max() > 0.01, "padding on the left is not harmless"
+
+
+def test_an_attention_mask_that_does_not_fit_is_refused():
+    model = llm(*MODELS["qwen3"][:2], head_dim=16)
+    ids, mask = torch.ones(1, 8, dtype=torch.long), torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0]]).bool()
+    for attention, error in (
+        ([0, 1, 0, 1, 1, 1, 0, 0], "has a hole"),
+        ([1, 0, 0, 1, 1, 1, 0, 1], "has a hole"),
+        ([0, 1, 1, 1, 1, 0, 0, 0], "attention_mask is 0"),
+        ([0, 0, 0, 1, 1, 1, 0, 0], "marks token 0"),  # the first token of the row, wherever it lies
+    ):
+        with pytest.raises(ValueError, match=error):
+            metrics.observe(model, ids, mask, attention_mask=torch.tensor([attention]))
+
+
+def test_left_padding_takes_linear_memory():
+    model = llm(*MODELS["qwen3"][:2], head_dim=16)
+    model.config.max_position_embeddings = n = 4096
+    ids, t = torch.randint(0, 50, (2, n), generator=torch.Generator().manual_seed(0)), torch.arange(n)
+    attention = t >= torch.tensor([[5], [900]])
+    mask, split = attention & (t >= 1000), metrics.observe(model, ids[:, :99], t[:99].expand(2, -1) > 9).heads
+    pairs = 2 * n * n * 4 / 2**20  # MiB of a mask for each pair of tokens, as attention adds it
+    assert peak_mib(lambda: metrics.observe(model, ids, mask, split, attention_mask=attention)) < 0.6 * pairs
+
+
+def test_a_trainers_own_log_probs_may_be_given():
+    model = llm(*MODELS["qwen3"][:2], head_dim=16)
+    ids, mask = ragged([(5, 40), (9, 30)], 45)
+
+    def halved(*args, entropy):
+        return tuple(x / 2 for x in token_logprobs(*args, entropy=entropy))
+
+    ours, theirs = (metrics.observe(model, ids, mask, score=score) for score in (token_logprobs, halved))
+    assert torch.equal(theirs.logprobs, ours.logprobs / 2) and torch.equal(theirs.entropy, ours.entropy / 2)
+    assert torch.equal(theirs.waad, ours.waad) and torch.equal(theirs.fai, ours.fai)
 
 
 @pytest.mark.parametrize("seed", range(12))
