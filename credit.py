@@ -12,6 +12,7 @@ lowest=True credits the lowest q instead (the paper's Table 5): Delta and FAI ch
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,24 +78,43 @@ def coupled_rhythm(
     >>> coupled_rhythm(waad, fai, torch.tensor([[False, True, True, True, True]]), q=0.25)
     tensor([[1.0000, 1.2500, 1.0000, 1.2500, 1.0000]])
     """
+    parts = coupled_parts(waad, fai, mask, q, k, lowest)
+    introduces = torch.zeros_like(mask)
+    b, t = parts.dominated.nonzero(as_tuple=True)
+    introduces[b, parts.intro[b, t]] = True  # intro(D)
+    undominated = parts.t_glob & ~parts.dominated
+    return 1 + (amp - 1) * (undominated + (1 - alpha) * parts.dominated + alpha * introduces)
+
+
+class Coupled(NamedTuple):
+    """What coupled_rhythm decides by: [B,N] each, the two thresholds [B,1]. With lowest, delta has the other sign."""
+
+    delta: Tensor
+    t_loc: Tensor  # bool, the borders
+    t_glob: Tensor  # bool, the anchors
+    tau_waad: Tensor
+    tau_delta: Tensor  # infinite where T_loc is empty
+    dominated: Tensor  # bool, D: the anchors that hand a share to their intro
+    intro: Tensor  # for each token of D the place of its intro in the row; elsewhere it means nothing
+
+
+def coupled_parts(waad: Tensor, fai: Tensor, mask: Tensor, q: float = 0.4, k: int = 3, lowest: bool = False) -> Coupled:
+    """Eq. 18: which tokens are borders, which are anchors, which anchors are dominated, and by whom introduced."""
     if k < 1:
         raise ValueError(f"k = {k}: an intro is looked for among one or more tokens before its anchor")
     sign = -1 if lowest else 1
     delta = sign * waad_change(waad, mask)
     t_loc, t_glob = top_q(delta, mask, q), top_q(sign * fai, mask, q, eligible=fai > 0)
-    tau_delta = delta.masked_fill(~t_loc, torch.inf).amin(1, keepdim=True)  # [B,1]
-    tau_waad = waad.masked_fill(~mask, torch.nan).nanmedian(1, keepdim=True).values  # [B,1]
+    tau_delta = delta.masked_fill(~t_loc, torch.inf).amin(1, keepdim=True)
+    tau_waad = waad.masked_fill(~mask, torch.nan).nanmedian(1, keepdim=True).values
 
     # before[b,t,j] = Delta of token t-1-j, the nearest first; -inf where that is no response token
     padded = torch.nn.functional.pad(delta.masked_fill(~mask, -torch.inf), (k, 0), value=-torch.inf)
     before = padded.unfold(1, k, 1)[:, :-1].flip(-1)  # [B,N,k]
     peak, nearest = before.max(-1).values, (before == before.amax(-1, keepdim=True)).int().argmax(-1)
-    dominated = t_glob & (waad <= tau_waad) & (peak >= tau_delta)  # D
-
-    intro = torch.zeros_like(mask)
-    b, t = dominated.nonzero(as_tuple=True)
-    intro[b, t - 1 - nearest[b, t]] = True  # I(D)
-    return 1 + (amp - 1) * ((t_glob & ~dominated) + (1 - alpha) * dominated + alpha * intro)
+    dominated = t_glob & (waad <= tau_waad) & (peak >= tau_delta)
+    intro = torch.arange(mask.shape[1], device=mask.device) - 1 - nearest
+    return Coupled(delta, t_loc, t_glob, tau_waad, tau_delta, dominated, intro)
 
 
 def high_entropy(entropy: Tensor, mask: Tensor, q: float = 0.4, amp: float = 1.5, lowest: bool = False) -> Tensor:

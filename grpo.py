@@ -46,6 +46,11 @@ def shape_advantages(advantages: Tensor, gamma: Tensor, sign: str = "both") -> T
     return a * torch.where(applies[sign], gamma, 1.0)
 
 
+def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """rho_t = pi(o_t) / pi_old(o_t) of each response token (Eq. 5); 1 outside the mask. All [B,N]."""
+    return torch.exp(torch.where(mask, logprobs - old_logprobs, 0.0))
+
+
 def clipped_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -62,7 +67,7 @@ def clipped_loss(
     part of a larger batch (default: B). A response without tokens contributes 0. Returns a scalar.
     """
     high = epsilon if epsilon_high is None else epsilon_high
-    ratio = torch.exp(torch.where(mask, logprobs - old_logprobs, 0.0))
+    ratio = probability_ratio(logprobs, old_logprobs, mask)
     objective = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + high) * advantages)
     per_response = torch.where(mask, objective, 0.0).sum(1) / mask.sum(1).clamp(min=1)
     return -per_response.sum() / (responses or len(mask))
