@@ -49,7 +49,7 @@ def main():
     device = ranks.start()
     before = held()
     loading, model = peak(lambda: checkpoint.load_sharded(sys.argv[1], device))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.0, fused=True)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
