@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from node import ranks, replay
+from tests.machine import GAP, GPUS, HIDDEN
 
 ROOT = Path(ranks.__file__).parents[1]
 
@@ -18,7 +19,7 @@ ROOT = Path(ranks.__file__).parents[1]
 def torchrun(ranks, *argv, timeout=240):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone",
                *map(str, argv)]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | HIDDEN
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
@@ -67,6 +68,7 @@ def test_no_rank_holds_more_than_its_share_of_a_large_model(tmp_path):
 
 
 @pytest.mark.vllm
+@pytest.mark.skipif(GPUS == 1, reason="two ranks with vLLM built for CUDA need two GPUs")
 def test_two_ranks_with_vllm_train_save_and_resume(tmp_path):
     # Groups of two, mostly of equal reward: steps without a gradient happen, and are saved like others.
     small = [
@@ -96,9 +98,11 @@ def test_two_ranks_with_vllm_train_save_and_resume(tmp_path):
         2,
         3,
     ]
-    assert all(r["gap_max"] < 1e-3 for r in log if "reward" in r), "both engines were reloaded from the shards"
+    assert all(r["gap_max"] < GAP for r in log if "reward" in r), "both engines were reloaded from the shards"
+    done = torchrun(1, "train.py", "--resume", tmp_path / "run", "--steps", 4)  # the other half of the moments is read
+    assert done.returncode == 0, done.stderr[-20000:]
     before, after = (
-        AutoModelForCausalLM.from_pretrained(p) for p in ("assets/tiny", tmp_path / "run" / "checkpoint-3")
+        AutoModelForCausalLM.from_pretrained(p) for p in ("assets/tiny", tmp_path / "run" / "checkpoint-4")
     )
     assert [p.shape for p in before.parameters()] == [p.shape for p in after.parameters()]
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))

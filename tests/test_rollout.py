@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 import grpo
 from lab import tiny
 from rollout import TorchActor, VLLMActor, load_model, pad_batch
+from tests.machine import GAP
 
 PROMPTS = ["3 7 5>38\n<think>", "1 2 3>10\n<think>", "12 15 9>36\n<think>"]
 
@@ -58,7 +59,7 @@ def test_greedy_equals_transformers_before_and_after_reloads(pair):
         assert [g[0].ids for g in ours] == [g[0].ids for g in theirs], f"after {step} reloads"
         assert [g[0].text for g in ours] == [g[0].text for g in theirs]
         sampled = actor.generate(PROMPTS, n=4, max_tokens=32)
-        assert gap(model, sampled) < 1e-3 and gap(model, torch_actor.generate(PROMPTS, n=4, max_tokens=32)) < 1e-3
+        assert gap(model, sampled) < GAP and gap(model, torch_actor.generate(PROMPTS, n=4, max_tokens=32)) < GAP
         assert len({tuple(r.ids) for r in sampled[0]}) > 1, "samples differ"
         shake(model, 0.3)
         assert gap(model, sampled) > 0.05, "the weights changed enough for a missed reload to show"
@@ -72,7 +73,7 @@ def test_reload_forgets_the_prefix_cache(pair):
     actor.generate(prompt, n=2, max_tokens=4)
     shake(model, 0.5)
     actor.reload(model)
-    assert gap(model, actor.generate(prompt, n=2, max_tokens=16)) < 1e-3
+    assert gap(model, actor.generate(prompt, n=2, max_tokens=16)) < GAP
 
 
 @pytest.mark.vllm
