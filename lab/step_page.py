@@ -216,7 +216,7 @@ def picture(found: dict) -> str:
             drawn.append(f'<rect class="g{round(100 * gamma)}" x="{x}" y="{y - 15}" width="20" height="20" rx="3"/>')
             x += 26
         drawn.append(f'<text class="note" x="{x}" y="{y}">γ = {gamma:g}: {meaning}</text>')
-        x += 75 + 7 * len(meaning)
+        x += 90 + 8 * len(meaning)
     width, height = max(width, x) + margin, y + margin
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">\n'
