@@ -186,9 +186,9 @@ def one_layer(args: Args) -> None:
 def whole_step(args: Args) -> None:
     """Training steps of the embedded model, in turns: TRL's GRPOTrainer, the same with coupled credit, and ours.
 
-    The same problems, 256 rollouts of up to 128 tokens, four updates, float32, and a learning rate so small that the
-    lengths stay the same. TRL generates with transformers: its vLLM mode wants a GPU. One trainer takes both of TRL's
-    turns, because with uniform credit it is TRL's to the bit.
+    The same problems, 256 rollouts of up to 128 tokens, four updates, float32, and a learning rate so small that TRL's
+    two turns sample the same rollouts, or nearly. TRL generates with transformers: its vLLM mode wants a GPU. One
+    trainer takes both of TRL's turns, because with uniform credit it is TRL's to the bit.
     """
     from datasets import Dataset
 
@@ -215,6 +215,7 @@ def whole_step(args: Args) -> None:
             if state.global_step % ours.minibatches == 0:
                 first = ["uniform", "coupled"][len(turns) % 2]  # each comes first in every other turn
                 trainer.credit = first if not turns[-1] else ({"uniform", "coupled"} - {first}).pop()
+                torch.manual_seed(len(turns))  # the same rollouts with both
                 self.start, self.signals = time.perf_counter(), clock.seconds.get("signals", 0.0)
 
         def on_step_end(self, config, state, control, **kwargs) -> None:

@@ -6,6 +6,7 @@ import statistics
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from transformers import (
     Gemma2Config,
@@ -212,7 +213,15 @@ def test_a_lora_model_is_scored_with_its_adapters_and_trains_them_alone():
     torch.testing.assert_close(grpo.token_logprobs(merged, *batch)[0], logprobs, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_that_accelerate_prepared_keeps_its_forward():
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps one state for the process, which other tests may have set."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_model_that_accelerate_prepared_keeps_its_forward(fresh_accelerate):
     plain, batch = small_model(head_dim=16), batch_of()
     with torch.autocast("cpu", torch.bfloat16):
         want = grpo.token_logprobs(plain, *batch)[0]
