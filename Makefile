@@ -1,4 +1,4 @@
-# Two commands: make demo, make test. Both make .venv when it is missing or requirements.txt has changed.
+# make demo, make check, make test, make lint. Each makes .venv when it is missing or requirements.txt has changed.
 PYTHON ?= python3
 BIN = .venv/bin
 

@@ -31,7 +31,9 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
 
 def shape_advantages(advantages: Tensor, gamma: Tensor, sign: str = "both") -> Tensor:
-    """A_t * gamma_t, each token's share; gamma applies to advantages of the given sign only (v2: both, v1: positive).
+    """A_t * gamma_t, each token's share. gamma applies to advantages of the given sign only.
+
+    The paper takes both; its first version, positive ones.
 
     advantages [B], gamma [B,N]. Returns [B,N].
 
@@ -73,7 +75,7 @@ def clipped_loss(
     return -per_response.sum() / (responses or len(mask))
 
 
-# Float32 logits made at a time: 128 MiB (220 tokens of 152,000 words); softmax and its gradient hold a few as large.
+# Float32 logits made at a time: 128 MiB, 220 tokens at a vocabulary of 152,000. Softmax and gradient hold a few as large.
 CHUNK = 2**25
 
 

@@ -9,12 +9,13 @@ Where this departs from the paper, and why:
 1. The paper scores with a third model under eager attention, to have maps. Here WAAD and FAI come from the scoring pass
    that GRPO makes anyway for pi_old, without maps (metrics.py); the numbers are the same.
 2. Groups of equal reward have zero advantage, hence zero gradient: they are left out of scoring and update.
-3. The head split is measured on 32 responses at the first step and every --heads_every steps, not on all at each.
+3. The head split is measured on 32 responses at the first step and every --heads_every steps, not on all at each, by
+   a pass of its own.
 4. Where the paper is silent: the advantage's std is the sample's (n - 1); AdamW without weight decay, its learning rate
    reached over five steps; gradients clipped to norm 1; group size 8 and epsilon 0.2.
 5. On a CPU all is float32. On a GPU vLLM samples and the trainer's passes run in bfloat16 (over float32 weights);
    the two round differently, so the gap between them is far above the CPU's 1e-7, and the first ratio is 1 only up to
-   rounding. The output head's logits are bfloat16 too, as is common; of 16 to 32 they are 0.125 apart.
+   rounding. The output head's logits are bfloat16 too, as is common: between 16 and 32 such numbers are 0.125 apart.
 """
 
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Args:
     eval_task: str | None = HfArg(default=None, help="Task of the held-out problems (default: the same).")
     eval_data: str | None = HfArg(default=None, help="Local file in place of its dataset.")
     out: str | None = HfArg(default=None, help="Folder of the run; it must be new (default: a new one under runs/).")
-    resume: str | None = HfArg(default=None, help="Run to go on with, a folder; of the rest only --steps may be given.")
+    resume: str | None = HfArg(default=None, help="Run to go on with, a folder; beside it only --steps and --dry_run.")
     dry_run: bool = HfArg(default=False, help="Check arguments and data, print the plan and memory, start nothing.")
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
     seed: int = HfArg(default=0, help="Seed of problems, sampling and minibatches.")
@@ -194,11 +195,12 @@ def train_step(
             generator,
         )  # [B,N]  # fmt: skip
         shaped = shape_advantages(advantages, gamma, args.sign)  # [B,N]
+    minibatches = order.tensor_split(min(args.minibatches, len(order)))  # --dynamic may have found few groups
     with clock("update"):
         if args.tis_cap:
             shaped = shaped * (old_logprobs - sampler_logprobs).exp().clamp(max=args.tis_cap)
         learned = update(
-            model, optimizer, input_ids, mask, old_logprobs, shaped, order.tensor_split(args.minibatches),
+            model, optimizer, input_ids, mask, old_logprobs, shaped, minibatches,
             args.micro_tokens, args.epsilon, args.epsilon_high, ranks.rank(), ranks.world_size(),
         )  # fmt: skip
         learned["loss"] = ranks.all_reduce_sum(torch.tensor(learned["loss"])).item()

@@ -30,7 +30,9 @@ try:
     from trl import GRPOConfig, GRPOTrainer  # isort: skip
     from accelerate.utils import is_peft_model
 except ImportError as e:
-    sys.exit(f"error: {e}: this needs pip install trl==1.16.0")
+    if __name__ == "__main__":
+        sys.exit(f"error: {e}: this needs pip install trl==1.16.0")
+    raise
 
 SPAN_ROWS = 32  # responses of each process that the head split is measured on
 CLIPPING = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # TRL's losses that clip the ratio

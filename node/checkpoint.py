@@ -13,7 +13,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from node import ranks
 from node.output import write_whole
@@ -45,6 +45,8 @@ def load_sharded(name: str, device: torch.device):
         return load_model(name, str(device))[0]
     with _parameters_without_memory():
         model = AutoModelForCausalLM.from_config(load_config(name), dtype=torch.float32)
+    with suppress(OSError):  # a model need not have one
+        model.generation_config = GenerationConfig.from_pretrained(name)
     buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
     model = ranks.shard(model, device).to_empty(device=device)
     model.tie_weights()  # to_empty gives either of a tied pair memory of its own

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's settings (arXiv 2510.13554), a line each: node/paper.sh NAME [more arguments], for one with --dry_run.
+# The paper's settings (arXiv 2510.13554), a line each: node/paper.sh NAME [more arguments], for example --dry_run.
 # From it: the models, 512 responses a batch, 16 minibatches, learning rate 1e-6, temperature 1, responses of 1,024 or
 # 8,192 tokens, 500 steps on 8 GPUs (4B) or 600 on 16 (8B; 8 here). Ours, where it is silent: groups of 8, an evaluation
 # every 50 steps. After Ctrl-C or SIGTERM torchrun waits for the step to end and be saved, 15 minutes at most.

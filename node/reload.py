@@ -22,6 +22,7 @@ def first_difference(actor_infer, model, generator: torch.Generator, count: int 
     if not hasattr(actor_infer, "llm"):
         return None
     weights = dict(model.named_parameters()) | {"lm_head.weight": model.get_output_embeddings().weight}
+    found = None
     for name, parts in _drawn(comparable(actor_infer, weights), generator, count):
         want = torch.cat([ranks.whole(weights[part]) for part in parts])
         columns = None
@@ -30,8 +31,8 @@ def first_difference(actor_infer, model, generator: torch.Generator, count: int 
             want = want[:, columns]
         held = actor_infer.llm.apply_model(partial(_held, name=name, columns=columns))[0]
         if not torch.equal(held[: len(want)], want.to(held.dtype)):  # vLLM pads the vocabulary
-            return name
-    return None
+            found = found or name  # the other ranks go on to the next weight, so this one does
+    return found
 
 
 def comparable(actor_infer, weights: dict[str, Tensor]) -> list[tuple[str, list[str]]]:

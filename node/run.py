@@ -51,7 +51,7 @@ class Run:
         self.args, self.model, self.tokenizer, self.optimizer = args, model, tokenizer, optimizer
         if state and state["step"] > args.steps:
             raise ValueError(f"--steps {args.steps}: {args.resume} has made {state['step']} already")
-        self.began, self.stopping, self._signals = time.perf_counter(), False, []
+        self.began, self.stopping, self._asked_to_stop = time.perf_counter(), False, []
         folder = args.resume
         if not args.resume and ranks.rank() == 0:
             folder = new_folder(args.out, f"{args.task}-{args.credit}")
@@ -102,7 +102,7 @@ class Run:
             )
         self.skips = self.skips + 1 if record["skipped"] else 0
         self._stop_if_broken(record)
-        self.stopping = ranks.any_rank(bool(self._signals))
+        self.stopping = ranks.any_rank(bool(self._asked_to_stop))
         if self.over or self.step % self.args.save_every == 0:
             self.save()
         self.evaluation_is_due = self._evaluates_here() and (not self.stopping or self.step == self.args.steps)
@@ -170,9 +170,9 @@ class Run:
         """Within the context, SIGTERM and Ctrl-C end the run after the step at hand; asked twice, at once."""
 
         def note(number, frame) -> None:
-            if self._signals:
+            if self._asked_to_stop:
                 raise KeyboardInterrupt
-            self._signals.append(number)
+            self._asked_to_stop.append(number)
 
         handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         self.bar = tqdm(initial=self.step, total=self.args.steps, desc=self.args.credit, disable=ranks.rank() > 0)
@@ -192,7 +192,9 @@ class Run:
     def summary(self) -> str:
         """The last lines: what came out and where it is, or how to go on."""
         if self.step < self.args.steps:
-            return f"stopped after step {self.step}, as asked; to go on: python train.py --resume {self.folder}"
+            world = ranks.world_size()
+            command = "python" if world == 1 else f"torchrun --nproc-per-node {world} --shutdown-timeout 900"
+            return f"stopped after step {self.step}, as asked; to go on: {command} train.py --resume {self.folder}"
         phases = [r["seconds"] for r in self.log.records if "seconds" in r]
         spent = {name: sum(p[name] for p in phases) for name in phases[0]}
         gain, half = mean_interval(self.last - self.first)
