@@ -75,7 +75,7 @@ def clipped_loss(
     return -per_response.sum() / (responses or len(mask))
 
 
-# Float32 logits made at a time: 128 MiB, 220 tokens at a vocabulary of 152,000. Their softmax and gradient take as much.
+# Float32 logits made at a time: 128 MiB, 220 tokens at a vocabulary of 152,000; softmax and gradient take more.
 CHUNK = 2**25
 
 
