@@ -162,7 +162,7 @@ AttentionMaskInterface.register("recording", sdpa_mask)  # without a mask slidin
 
 @contextmanager
 def record(model, layers: list[int]) -> Iterator[dict[int, Recorded]]:
-    """Within the context, a forward pass without gradient fills in the dict {layer: None} that is given.
+    """Yields a dict {layer: None}, which a forward pass without gradient within the context fills with Recorded.
 
     On leaving, the model attends as it did before. Raises ValueError then if the pass recorded nothing for a layer (a
     model without such attention).
