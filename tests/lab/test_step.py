@@ -150,7 +150,7 @@ def test_the_printed_text_says_the_same(made):
     assert re.match(r"one step on 8 responses, \d of them right; response \d token by token\. .*step\.html", lines[-1])
     assert all(x["rule"] in printed for x in found["tokens"] if x["coupled"] > 1)
     assert found["says"]["row"] in printed and found["says"]["verdict"] in printed
-    header = next(line for line in lines if "T_glob" in line and "coupled" in line)
+    header = next(line for line in lines if "ρ after" in line)
     table = lines[lines.index(header) + 1 :][: len(found["tokens"])]
     for t, (row, x) in enumerate(zip(table, found["tokens"]), 1):
         assert row.split()[:2] == [str(t), x["text"]] and f"{x['waad']:.3f}" in row and f"{x['ratios'][1]:.3f}" in row
