@@ -145,10 +145,6 @@ class VLLMActor:
             from vllm import LLM
         except ImportError as e:
             raise ValueError(f"vLLM cannot be imported ({e}): install requirements.txt, or use --engine torch") from e
-        reloading = logging.getLogger("vllm.model_executor.model_loader.reload")
-        if not reloading.handlers:  # what it says about weights that were not loaded is wanted at any logging level
-            reloading.addHandler(logging.StreamHandler())
-            reloading.handlers[0].setLevel(logging.WARNING)
         on_gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
         self.max_model_len, self.sleeps, self.asleep = max_model_len, on_gpu and sleep_mode, False
         options = {}
@@ -169,6 +165,12 @@ class VLLMActor:
             seed=seed,
             **options,
         )
+        reloading = logging.getLogger("vllm.model_executor.model_loader.reload")
+        if (
+            not reloading.handlers
+        ):  # what it says about weights that were not loaded is wanted at any level; vLLM has set its own up by now
+            reloading.addHandler(logging.StreamHandler())
+            reloading.handlers[0].setLevel(logging.WARNING)
         if on_gpu:
             torch.set_num_threads(threads)  # vLLM leaves one to the process
         self.tokenizer = self.llm.get_tokenizer()

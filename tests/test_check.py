@@ -1,5 +1,7 @@
 """Each check of node.check passes here, and fails when what it checks is broken."""
 
+import io
+import logging
 import math
 import shutil
 import time
@@ -89,7 +91,7 @@ def test_steps_and_the_reload(loop, monkeypatch):
     loop.actor.reload(loop.model)
     with monkeypatch.context() as broken:
         real = metrics.streamed_waad
-        broken.setattr(metrics, "streamed_waad", lambda *args: (time.sleep(1.0), real(*args))[1])
+        broken.setattr(metrics, "streamed_waad", lambda *args: (time.sleep(0.5), real(*args))[1])
         assert "% of a step; a few" in fails(check.cost, loop)
     with monkeypatch.context() as broken:
         broken.setattr(grpo, "clipped_loss", lambda *args: args[0].sum() * float("nan"))
@@ -97,7 +99,7 @@ def test_steps_and_the_reload(loop, monkeypatch):
 
 
 @pytest.mark.vllm
-def test_one_wrong_tensor_is_named(loop, monkeypatch, capfd):
+def test_one_wrong_tensor_is_named(loop, monkeypatch):
     """Whatever tensor a reload gets wrong: a packed one, a norm, the embedding, the head packed by itself."""
     from node import ranks
 
@@ -118,9 +120,10 @@ def test_one_wrong_tensor_is_named(loop, monkeypatch, capfd):
         assert reload.first_difference(loop.actor, loop.model, generator, everything) == found
     with monkeypatch.context() as fault:  # one that is not handed over at all: vLLM's own warning gets through
         fault.setattr(ranks, "named_weights", lambda m: ((n, w) for n, w in named(m) if "layers.2.mlp.down" not in n))
-        capfd.readouterr()
+        said = io.StringIO()
+        logging.getLogger("vllm.model_executor.model_loader.reload").handlers[0].setStream(said)
         loop.actor.reload(loop.model)
-        assert "weights were not loaded" in capfd.readouterr().err
+        assert "weights were not loaded" in said.getvalue()
     loop.actor.reload(loop.model)
     found = [reload.first_difference(loop.actor, loop.model, generator) for _ in range(3)]
     assert found == [None] * 3
@@ -130,7 +133,6 @@ def test_one_wrong_tensor_is_named(loop, monkeypatch, capfd):
 
 def test_kill_and_resume(monkeypatch):
     args = check.Args(engine="torch")
-    assert "went on to step" in check.kill_and_resume(args)
     real = check.killed_run
 
     def killed_and_damaged(folder, engine):
@@ -157,6 +159,7 @@ def test_a_failing_check_is_counted_and_the_others_go_on(monkeypatch, capsys):
     def broken(args):
         raise RuntimeError("no such thing\nand more")
 
+    monkeypatch.setattr(check.ranks, "stop", lambda: None)  # another test's sampler may still be at work
     monkeypatch.setattr(check, "versions", broken)
     with pytest.raises(SystemExit, match=r"1 of 9 checks failed in .*: versions"):
         check.main(ARGS)
