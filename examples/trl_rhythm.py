@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer with attention-guided credit. To copy: this class and the four files of the algorithm.
 
     RhythmGRPOTrainer(model=..., reward_funcs=..., args=..., train_dataset=..., credit="coupled", q=0.4, amp=1.5)
-    python -m examples.trl_rhythm                      the embedded model learns Countdown, in about three minutes
+    python -m examples.trl_rhythm                      the embedded model learns Countdown in some minutes
 
 TRL's losses take one advantage for a response or one for each of its tokens. So gamma goes into the advantages, and no
 loss is written again.
