@@ -16,7 +16,7 @@ from tests.machine import GAP, GPUS, HIDDEN
 ROOT = Path(ranks.__file__).parents[1]
 
 
-def torchrun(ranks, *argv, timeout=240):
+def torchrun(ranks, *argv, timeout=900):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone",
                *map(str, argv)]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | HIDDEN
@@ -127,7 +127,7 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(tmp_path):
         "--standalone",
         tmp_path / "one.py",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode != 0 and "error: rank one has had enough" in done.stderr
 
 
