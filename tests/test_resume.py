@@ -179,7 +179,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path, uninterrup
                 after_a_checkpoint += process.poll() is None and bool(checkpoint.listed(folder))
                 process.kill()
                 kills -= 1
-            err = process.communicate(timeout=300)[1]
+            err = process.communicate(timeout=900)[1]
             assert process.returncode in (0, -signal.SIGKILL), err
             done = process.returncode == 0
         assert same(outcome(folder), uninterrupted)
