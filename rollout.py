@@ -166,11 +166,9 @@ class VLLMActor:
             **options,
         )
         reloading = logging.getLogger("vllm.model_executor.model_loader.reload")
-        if (
-            not reloading.handlers
-        ):  # what it says about weights that were not loaded is wanted at any level; vLLM has set its own up by now
+        if not reloading.handlers:  # that weights were not loaded is to be heard at any level; vLLM's own setup is done
             reloading.addHandler(logging.StreamHandler())
-            reloading.handlers[0].setLevel(logging.WARNING)
+            reloading.setLevel(logging.WARNING)
         if on_gpu:
             torch.set_num_threads(threads)  # vLLM leaves one to the process
         self.tokenizer = self.llm.get_tokenizer()
