@@ -303,7 +303,7 @@ def test_bad_arguments_are_one_line_before_anything_starts(argv, message, tmp_pa
 
 def test_a_dry_run_says_the_plan_and_starts_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "start_actor", None)
-    monkeypatch.setattr(prepare, "load_model", None)
+    monkeypatch.setattr(prepare, "load_sharded", None)
     run("--dry_run", "--out", tmp_path / "run")
     out = capsys.readouterr().out
     assert "1,443,744 weights" in out and "peak, asleep" in out and "4000 training problems" in out
