@@ -165,7 +165,7 @@ class VLLMActor:
             seed=seed,
             **options,
         )
-        reloading = logging.getLogger("vllm.model_executor.model_loader.reload")
+        reloading = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
         if not reloading.handlers:  # that weights were not loaded is to be heard at any level; vLLM's own setup is done
             reloading.addHandler(logging.StreamHandler())
             reloading.setLevel(logging.WARNING)

@@ -121,7 +121,8 @@ def test_one_wrong_tensor_is_named(loop, monkeypatch):
     with monkeypatch.context() as fault:  # one that is not handed over at all: vLLM's own warning gets through
         fault.setattr(ranks, "named_weights", lambda m: ((n, w) for n, w in named(m) if "layers.2.mlp.down" not in n))
         said = io.StringIO()
-        logging.getLogger("vllm.model_executor.model_loader.reload").handlers[0].setStream(said)
+        (handler,) = logging.getLogger("vllm.model_executor.model_loader.reload.inplace").handlers
+        fault.setattr(handler, "stream", said)
         loop.actor.reload(loop.model)
         assert "weights were not loaded" in said.getvalue()
     loop.actor.reload(loop.model)

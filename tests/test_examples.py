@@ -138,7 +138,7 @@ def test_what_cannot_be_followed_is_named(changes, error):
 def test_without_trl_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(SystemExit, match=r"^error: .*pip install trl==1\.16\.0$"):
-        runpy.run_path(trl_rhythm.__file__)
+        runpy.run_path(trl_rhythm.__file__, run_name="__main__")
 
 
 def test_the_command_trains_and_ends_with_what_it_reached(capsys, monkeypatch):
