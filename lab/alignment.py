@@ -16,10 +16,26 @@ cosine between the two, so that relative cosines are relative speeds; the noise 
     one minibatch     mean cosine of the minibatches' gradients: what a single step is worth
     all minibatches   cosine of their mean: what is left when momentum and many steps have averaged the noise
     AdamW             as the first, each weight's gradient divided by its root mean square over the minibatches
+    with uniform's    cosine of the arm's whole gradient with uniform's: what is missing to 1 is all that it changes
+    signal, noise     the shares that the credited tokens hold. With C their part of uniform's gradient g, signal is
+                      <C, grad J> / <g, grad J>, and noise cov(C, g) / var(g) over the minibatches. A little
+                      more gamma raises the signal by the one share and the noise by the other, so where noise
+                      dominates, a credit points better if its tokens hold more of the signal than of the noise.
     gamma at choices  mean gamma, weighted by entropy, over mean gamma: above 1 where credit goes to tokens that the
                       model is unsure of. Where it is sure, gamma multiplies a gradient of nearly 0.
 
 Differences to uniform in per cent of it, paired by minibatch, 95 % bootstrap over minibatches.
+
+How much can gamma gain? At best the credited share q of the tokens holds all of the signal and q of the noise: gamma
+then multiplies the signal by gamma and the noise's variance by q gamma^2 + 1 - q. While noise dominates, the cosine
+grows by gamma / sqrt(q gamma^2 + 1 - q): 22 % with 1.5 and 40 %.
+
+    python -m lab.truth --out runs/truth                       what each token was worth, half an hour
+    python -m lab.alignment --truth runs/truth --minibatch 2   two arms more, which know it
+
+With --truth the minibatches are those responses, and all problems sampled here serve grad J. "oracle" puts gamma on the
+tokens of truly largest |dV|: what a perfect signal could do with coupled's q and gamma. "VinePPO" has dV itself for its
+advantage: what there is to be had from knowing where credit belongs.
 """
 
 import sys
@@ -38,7 +54,7 @@ import credit
 import tasks
 import train
 from grpo import check_head, group_advantages, micro_batches, shape_advantages, token_logprobs
-from lab import experiment
+from lab import experiment, truth
 from node.output import markdown
 from rollout import EMBEDDED, load_model, pad_batch, start_actor
 
@@ -52,7 +68,8 @@ class Args:
     arms: list[str] = HfArg(
         default_factory=lambda: [*experiment.MAIN, *experiment.ABLATIONS], help="As experiment.py's; uniform is added."
     )
-    problems: int = HfArg(default=512, help="Training problems; half of them for grad J.")
+    truth: str | None = HfArg(default=None, help="Folder of lab.truth: the arms' responses, and two arms more.")
+    problems: int = HfArg(default=512, help="Training problems; half of them for grad J, all of them with --truth.")
     gamma_amp: float = HfArg(default=1.5, help="Of all arms.")
     group: int = HfArg(default=8, help="G, responses to each problem.")
     minibatch: int = HfArg(default=8, help="Problems in a minibatch.")
@@ -85,68 +102,142 @@ def speeds(gradients: Tensor, target: Tensor, draws: Tensor) -> np.ndarray:
     return torch.stack([draws @ each, draws @ (gradients @ target) / size, draws @ preconditioned], 1).cpu().numpy()
 
 
-def main(args: Args) -> None:
+def shares(credited: Tensor, uniform: Tensor, target: Tensor, draws: Tensor) -> np.ndarray:
+    """The shares of signal and of noise that the credited tokens hold, under each weighting: [draws,2].
+
+    credited and uniform [M,weights]: the minibatches' gradients from the credited tokens and from all of them.
+    """
+    signal = (draws @ (credited @ target)) / (draws @ (uniform @ target))
+
+    def covariance(x: Tensor, y: Tensor) -> Tensor:
+        return draws @ (x * y).sum(1) - torch.einsum("dm,mn,dn->d", draws, x @ y.T, draws)
+
+    return torch.stack([signal, covariance(credited, uniform) / covariance(uniform, uniform)], 1).cpu().numpy()
+
+
+def signals_both_ways(model, input_ids: Tensor, mask: Tensor) -> list:
+    """The signals of all rows, with the head split and with all heads."""
+    rows, found = torch.arange(len(mask), device=mask.device), []
+    for all_heads in (False, True):
+        arm = replace(train.Args(), all_heads=all_heads)
+        heads = train.measure_heads(arm, model, input_ids, mask, rows[: train.SPAN_ROWS])
+        found.append(train.score(arm, model, input_ids, mask, rows, heads))
+    return found
+
+
+def gamma_of(name: str, args: Args, signals: list, mask: Tensor, values: truth.Values | None) -> tuple[Tensor, str]:
+    """An arm's gamma [B,N] and the advantages it applies to; "oracle" takes the tokens of truly largest |dV|."""
+    if name == "oracle":
+        delta = values.delta[0].abs().to(mask.device)
+        return 1 + (args.gamma_amp - 1) * credit.top_q(delta, mask, train.Args.q), "both"
+    flags = [*experiment.ARMS[name], f"--gamma_amp={args.gamma_amp}"]
+    (arm,) = HfArgumentParser(train.Args).parse_args_into_dataclasses(flags)
+    gamma = credit.assign_credit(
+        arm.credit, signals[arm.all_heads], mask, arm.q, arm.gamma_amp, arm.alpha, arm.k, arm.lowest,
+        arm.on_produced, torch.Generator().manual_seed(args.seed),
+    )  # fmt: skip
+    return gamma, arm.sign
+
+
+def checked(args: Args) -> truth.Measured | None:
+    """The measurement of --truth, if any; ValueError for arguments that cannot be."""
     if unknown := set(args.arms) - {*experiment.MAIN, *experiment.ABLATIONS}:
-        sys.exit(f"error: --arms {', '.join(sorted(unknown))}: not of {'; '.join(experiment.ARMS)}")
+        raise ValueError(f"--arms {', '.join(sorted(unknown))}: not of {'; '.join(experiment.ARMS)}")
     if args.group < 2 or args.minibatch < 1:
-        sys.exit(f"error: --group {args.group} --minibatch {args.minibatch}: two responses and one problem at least")
+        raise ValueError(f"--group {args.group} --minibatch {args.minibatch}: two responses and one problem at least")
     if not Path(args.out).absolute().parent.is_dir():
-        sys.exit(f"error: --out {args.out}: no such folder")
-    if args.problems % (2 * args.minibatch) or args.problems < 4 * args.minibatch:
-        sys.exit(f"error: --problems {args.problems}: must be a multiple of {2 * args.minibatch}, twice that or more")
+        raise ValueError(f"--out {args.out}: no such folder")
+    if not args.truth:
+        if args.problems % (2 * args.minibatch) or args.problems < 4 * args.minibatch:
+            raise ValueError(
+                f"--problems {args.problems}: must be a multiple of {2 * args.minibatch}, twice that or more"
+            )
+        return None
+    found = truth.read(args.truth)
+    count = found.args.responses // args.group
+    if found.values is None:
+        raise ValueError(f"--truth {args.truth}: has not come to its end: python -m lab.truth --resume {args.truth}")
+    for name in ("model", "task", "group", "max_tokens"):
+        if getattr(found.args, name) != getattr(args, name):
+            raise ValueError(f"--{name} {getattr(args, name)}: --truth {args.truth} has {getattr(found.args, name)}")
+    if count % args.minibatch or count < 2 * args.minibatch:
+        raise ValueError(f"--minibatch {args.minibatch}: does not divide the {count} problems of --truth, or only once")
+    return found
+
+
+def main(args: Args) -> None:
     try:
+        found = checked(args)
         model, tokenizer = load_model(args.model)
         check_head(model)
-        problems = tasks.load(args.task, "train", args.problems, seed=args.seed)
+        problems = tasks.load(args.task, "train", args.problems, seed=args.seed + bool(found))  # others than --truth's
         actor = start_actor(args.engine, args.model, 512, args.seed, model=model, tokenizer=tokenizer)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     rollouts = actor.generate([p.prompt for p in problems], args.group, args.max_tokens, progress=True)
     actor.close()
     rewards = torch.tensor([[tasks.reward(p, r.text) for r in group] for p, group in zip(problems, rollouts)])
-    device = model.device
-    input_ids, mask, _ = (x.to(device) for x in pad_batch([r for group in rollouts for r in group]))  # [B,N]
-    rows, signals = torch.arange(len(mask), device=device), []  # without and with all heads
-    for all_heads in (False, True):
-        arm = replace(train.Args(), all_heads=all_heads)
-        heads = train.measure_heads(arm, model, input_ids, mask, rows[: train.SPAN_ROWS])
-        signals.append(train.score(arm, model, input_ids, mask, rows, heads))
-
-    first, second = rows.chunk(2)
+    rollouts, device = [r for group in rollouts for r in group], model.device
+    first = len(rollouts) if found else len(rollouts) // 2  # responses for grad J; the rest is the arms'
     baseline = (rewards.sum(1, keepdim=True) - rewards) / (args.group - 1)
-    target = gradient(model, input_ids, mask, (rewards - baseline).flatten()[:, None].to(device) * mask, first)
-    advantages, per_token = (
-        group_advantages(rewards).flatten().to(device),
-        mask / mask.sum(1, keepdim=True).clamp(min=1),
-    )
-    minibatches = second.split(args.minibatch * args.group)
+    centred = (rewards - baseline).flatten()[:first, None].to(device)
+    input_ids, mask, _ = (x.to(device) for x in pad_batch(rollouts[:first]))
+    target = gradient(model, input_ids, mask, centred * mask, torch.arange(first, device=device))
+
+    if found:
+        rollouts, rewards = found.rollouts, found.rewards.view(-1, args.group)
+    else:
+        rollouts, rewards = rollouts[first:], rewards[first // args.group :]
+    input_ids, mask, _ = (x.to(device) for x in pad_batch(rollouts))  # [B,N]
+    signals = signals_both_ways(model, input_ids, mask)
+    advantages = group_advantages(rewards).flatten().to(device)
+    per_token = mask / mask.sum(1, keepdim=True).clamp(min=1)
+    minibatches = torch.arange(len(mask), device=device).split(args.minibatch * args.group)
     share = np.full(len(minibatches), 1 / len(minibatches))
     resampled = np.random.default_rng(0).multinomial(len(share), share, 2000) / len(share)
-    draws = (
-        torch.tensor(np.vstack([share, resampled])).float().to(device)
-    )  # [1 + resamples, minibatches]: first as it is
+    draws = torch.tensor(np.vstack([share, resampled])).float().to(device)  # [1 + resamples, M]: first as it is
 
-    table, uniform = [["arm", "one minibatch", "all minibatches", "AdamW", "mean γ", "γ at choices"]], None
-    for name in tqdm(["uniform", *(a for a in args.arms if a != "uniform")], desc="arms"):
-        flags = [*experiment.ARMS[name], f"--gamma_amp={args.gamma_amp}"]
-        (arm,) = HfArgumentParser(train.Args).parse_args_into_dataclasses(flags)
-        gamma = credit.assign_credit(
-            arm.credit, signals[arm.all_heads], mask, arm.q, arm.gamma_amp, arm.alpha, arm.k, arm.lowest,
-            arm.on_produced, torch.Generator().manual_seed(args.seed),
-        )  # fmt: skip
-        weights = shape_advantages(advantages, gamma, arm.sign) * per_token
-        speed = speeds(
-            torch.stack([gradient(model, input_ids, mask, weights, part) for part in minibatches]), target, draws
-        )
-        if uniform is None:
-            uniform, cells = speed, [f"{cosine:.3f}" for cosine in speed[0]]
+    def gradients(weights: Tensor) -> Tensor:
+        return torch.stack([gradient(model, input_ids, mask, weights * per_token, part) for part in minibatches])
+
+    def cell(values: np.ndarray, form: str) -> str:
+        value, low, high = (format(x, form) for x in (values[0], *np.quantile(values[1:], [0.025, 0.975])))
+        return f"{value} ({low} to {high})"
+
+    columns = [
+        "one minibatch",
+        "all minibatches",
+        "AdamW",
+        "with uniform's",
+        "signal",
+        "noise",
+        "mean γ",
+        "γ at choices",
+    ]
+    table = [["arm", *columns]]
+    uniform = gradients(shape_advantages(advantages, torch.ones_like(per_token)))
+    base = speeds(uniform, target, draws)
+    table.append(["uniform", *(f"{cosine:.3f}" for cosine in base[0]), "1.000", "", "", "1.00", "1.00"])
+    arms = [*(["oracle", "VinePPO"] if found else []), *(a for a in args.arms if a != "uniform")]
+    for name in tqdm(arms, desc="arms"):
+        if name == "VinePPO":
+            gamma, weights = None, found.values.delta[0].to(device)
         else:
-            gain = 100 * (speed / uniform - 1)  # [draws,3]
-            ends = np.quantile(gain[1:], [0.025, 0.975], axis=0).T
-            cells = [f"{g:+.1f} ({low:+.1f} to {high:+.1f})" for g, (low, high) in zip(gain[0], ends)]
-        entropy = signals[0].entropy[mask]
-        mean, choices = gamma[mask].mean(), (gamma[mask] * entropy).sum() / entropy.sum()
-        table.append([name, *cells, f"{mean:.2f}", f"{choices / mean:.2f}"])
+            gamma, sign = gamma_of(name, args, signals, mask, found and found.values)
+            weights = shape_advantages(advantages, gamma, sign)
+        arm = gradients(weights)
+        gain = 100 * (speeds(arm, target, draws) / base - 1)  # [draws,3]
+        cells = [cell(x, "+.1f") for x in gain.T]
+        cells.append(f"{torch.nn.functional.cosine_similarity(arm.mean(0), uniform.mean(0), dim=0):.3f}")
+        if gamma is None:
+            cells += [""] * 4
+        else:
+            held = shares((arm - uniform) / (args.gamma_amp - 1), uniform, target, draws)
+            cells += [cell(100 * x, ".0f") for x in held.T]
+            entropy = signals[0].entropy[mask]
+            mean, choices = gamma[mask].mean(), (gamma[mask] * entropy).sum() / entropy.sum()
+            cells += [f"{mean:.2f}", f"{choices / mean:.2f}"]
+        table.append([name, *cells])
     text = markdown(table)
     Path(args.out).write_text(text + "\n")
     print(

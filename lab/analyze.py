@@ -120,7 +120,7 @@ def described(tokenizer, problem, rollout, response: linkage.Response) -> dict:
     ]
     return {
         "prompt": problem.prompt, "correct": tasks.reward(problem, rollout.text) == 1, "tokens": tokens,
-        "waad": response["WAAD"], "fai": response["FAI"], "tips": tips,
+        "shades": {"WAAD": response["WAAD"], "FAI": response["FAI"]}, "tips": tips,
     }  # fmt: skip
 
 
@@ -235,7 +235,7 @@ def main(args: Args) -> None:
         f"{100 * overlap:.0f} % of the receiver heads are global heads (30 % by chance)."
     )
     images = [folder / f"{name}.png" for name in ("maps", "linkage", "offsets", "perturbation")]
-    (folder / "index.html").write_text(report.page(title, intro, found, texts, images))
+    (folder / "index.html").write_text(report.page(title, intro, tables, texts, images))
     text = "\n\n".join(f"### {name}\n\n{markdown(rows)}" for name, rows in tables.items())
     (folder / "tables.md").write_text(text)
     (folder / "analysis.json").write_text(json.dumps(found, indent=1))

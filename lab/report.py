@@ -240,8 +240,8 @@ th, td { border: 1px solid #8886; padding: .2rem .5rem; text-align: left; }
 img { max-width: 100%; background: white; }
 .text { font: 1.05rem/1.9 ui-monospace, monospace; margin: .3rem 0 1rem; overflow-wrap: anywhere; }
 .text span { position: relative; border-radius: 3px; padding: .1rem 0; cursor: default; white-space: pre-wrap; }
-.waad span { background: color-mix(in srgb, var(--w) calc(var(--x) * 75%), transparent); }
-.fai span { background: color-mix(in srgb, var(--f) calc(var(--x) * 75%), transparent); }
+.text span { background: color-mix(in srgb, var(--w) calc(var(--x) * 75%), transparent); }
+.FAI span { background: color-mix(in srgb, var(--f) calc(var(--x) * 75%), transparent); }
 .text span:hover { outline: 2px solid; }
 .text span:hover::after { content: attr(data-tip); position: absolute; left: 0; top: 1.9em; z-index: 1;
   padding: .4rem .6rem; font-size: .8rem;
@@ -271,8 +271,11 @@ def token_spans(tokens: list[str], shade: np.ndarray, tips: list[str]) -> str:
     return "".join(parts)
 
 
-def page(title: str, intro: str, found: dict, texts: list[dict], images: list[Path]) -> str:
-    """The whole report as one HTML page that needs no other file. texts: prompt, correct, tokens, waad, fai, tips."""
+def page(title: str, intro: str, by_title: dict[str, list[list[str]]], texts: list[dict], images: list[Path]) -> str:
+    """The whole report as one HTML page that needs no other file: tables, pictures, and responses to hover over.
+
+    texts: prompt, correct, tokens, tips, and shades, the series that the tokens are shown in, one below the other.
+    """
     title, intro = html.escape(title), html.escape(intro)
     out = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
@@ -283,13 +286,12 @@ def page(title: str, intro: str, found: dict, texts: list[dict], images: list[Pa
         verdict = "right" if text["correct"] else "wrong"
         prompt = html.escape(visible(text["prompt"]).replace("␣", " "))
         out.append(f"<h3>Response {n}, {verdict}</h3><div class=text>{prompt}</div>")
-        for name in ("waad", "fai"):
-            x = np.asarray(text[name])
+        for name, x in text["shades"].items():
             low, high = np.nanmin([*x, np.inf]), np.nanmax([*x, -np.inf])
             shade = (x - low) / (high - low) if high > low else np.zeros(len(x))
-            out.append(f"<small>{name.upper()}</small><div class='text {name}'>")
+            out.append(f"<small>{name}</small><div class='text {name.split(',')[0]}'>")
             out.append(token_spans(text["tokens"], shade, text["tips"]) + "</div>")
-    for name, rows in tables(found).items():
+    for name, rows in by_title.items():
         head, *body = ["".join(f"<td>{html.escape(c)}</td>" for c in row) for row in rows]
         out.append(f"<h2>{html.escape(name)}</h2><table><tr>{head.replace('td>', 'th>')}</tr>")
         out.append("".join(f"<tr>{row}</tr>" for row in body) + "</table>")

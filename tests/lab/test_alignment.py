@@ -1,11 +1,13 @@
 """The arms' gradients against autograd through the loss itself; cosines against their definition; the whole command."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import grpo
-from lab import alignment
+from lab import alignment, truth, truth_tables
 from rollout import load_model
 
 
@@ -49,6 +51,44 @@ def test_speeds_equal_their_definition_and_do_not_depend_on_a_factor():
     for factor in (1, 1.19):
         got = alignment.speeds(*(torch.tensor(x).float() for x in (factor * gradients, target, draws)))
         np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_shares_equal_their_definition_and_add_up():
+    rng = np.random.default_rng(0)
+    uniform, credited, target = rng.normal(size=(5, 30)), rng.normal(size=(5, 30)), rng.normal(size=30)
+    draws = rng.multinomial(5, np.full(5, 0.2), 4) / 5
+    want = []
+    for draw in draws:
+        g, c = draw @ uniform, draw @ credited
+        noise = [
+            sum(w * (x - m) @ (y - g) for w, x, y in zip(draw, z, uniform)) for z, m in ((credited, c), (uniform, g))
+        ]
+        want.append([c @ target / (g @ target), noise[0] / noise[1]])
+    tensors = [torch.tensor(x).double() for x in (uniform, target, draws)]
+    got = alignment.shares(torch.tensor(credited), *tensors)
+    np.testing.assert_allclose(got, want)
+    rest = alignment.shares(torch.tensor(uniform - credited), *tensors)
+    np.testing.assert_allclose(got + rest, 1)
+
+
+def test_with_the_truth_there_are_two_arms_more(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(truth_tables, "RESAMPLES", 20)
+    folder, out = str(tmp_path / "truth"), tmp_path / "table.md"
+    short = dict(max_tokens=24, engine="torch")
+    truth.main(truth.Args(responses=32, continuations=4, out=folder, **short))
+    args = alignment.Args(arms=["scaled"], truth=folder, problems=4, minibatch=2, out=str(out), **short)
+    alignment.main(args)
+    assert [line.split(" | ")[0] for line in out.read_text().splitlines()[2:]] == [
+        "| uniform", "| oracle", "| VinePPO", "| scaled"
+    ]  # fmt: skip
+    assert "2 minibatches of 16" in capsys.readouterr().out
+    for wrong, says in (({"minibatch": 3}, "--minibatch 3"), ({"group": 4}, "--group 4"), ({"truth": "no"}, "no:")):
+        with pytest.raises(SystemExit, match=f"error:.*{says}"):
+            alignment.main(replace(args, **wrong))
+    values = tmp_path / "truth" / "values.jsonl"
+    values.write_text("".join(values.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(SystemExit, match=r"error:.*--resume"):
+        alignment.main(args)
 
 
 def test_the_command_shows_scaled_to_be_uniform(tmp_path, capsys):
