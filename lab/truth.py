@@ -1,6 +1,6 @@
 """Where does credit belong? The value of every token, measured; and how much of it the signals find.
 
-    python -m lab.truth                                     the embedded model before training, 512 responses
+    python -m lab.truth                                     the embedded model before training, half an hour
     python -m lab.truth --model runs/NAME/checkpoint-40     after it
     python -m lab.truth --resume FOLDER                     goes on after a stop; of a finished one, the tables again
 
@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -39,6 +40,7 @@ from node.run import new_folder
 from rollout import EMBEDDED, Rollout, check_length, fill_defaults, load_model, pad_batch, start_actor
 
 SURE = 1e-3
+CALL = 4096  # continuations in a call, about
 DEFAULTS = {  # of arguments that are not given: for the embedded model and what is trained from it; for any other model
     "task": ("countdown-tiny", "gsm8k"),
     "max_tokens": (128, 256),
@@ -57,7 +59,7 @@ class Args:
     )
     data: str | None = HfArg(default=None, help="Local JSON, JSONL or parquet file in place of the task's dataset.")
     split: Literal["train", "test"] = HfArg(default="train", help="Of the task's problems.")
-    responses: int = HfArg(default=512, help="Responses whose tokens are valued, --group to a problem.")
+    responses: int = HfArg(default=256, help="Responses whose tokens are valued, --group to a problem.")
     group: int = HfArg(default=8, help="G, responses to each problem.")
     continuations: int = HfArg(default=24, help="K, of each beginning of a response; even.")
     max_tokens: int | None = HfArg(
@@ -101,26 +103,29 @@ def continue_all(
     actor, reward: Callable[[int, list[int]], float], rollouts: list[Rollout], continuations: int, max_tokens: int,
     file: Path,
 ) -> None:  # fmt: skip
-    """Continue every beginning `continuations` times, all of one length in a call; append what came out to the file.
+    """Continue every beginning `continuations` times, in large calls; append what came out to the file, call by call.
 
     reward(b, ids) judges response ids to response b's problem. A line is a length t: {"t": t, "right": {b: [right ones
-    in the first half, in the second]}}. Lengths that the file has are not done again.
+    in the first half, in the second]}}. Lengths that the file has are not done again. A call takes neighbouring lengths
+    together; it may go on for as long as the shortest allows, and what is too long is cut, as the policy would have.
     """
     done = {line["t"] for line in read_lines(file)}
-    todo = plan(rollouts)
-    with tqdm(total=sum(map(len, todo.values())), desc="beginnings") as bar, file.open("a") as out:
-        for t, beginnings in todo.items():
-            if t not in done:
-                groups = actor.generate([[*ids] for ids in beginnings], continuations, max_tokens - t)
-                right = {}
-                for (ids, owners), group in zip(beginnings.items(), groups):
-                    first = ids[len(ids) - t :] if t else ()
-                    verdicts = [reward(owners[0], [*first, *r.ids]) for r in group]
-                    halves = [int(sum(verdicts[: continuations // 2])), int(sum(verdicts[continuations // 2 :]))]
-                    right |= dict.fromkeys(owners, halves)
-                out.write(json.dumps({"t": t, "right": right}) + "\n")
-                out.flush()
-            bar.update(len(beginnings))
+    todo = [(t, ids, owners) for t, found in plan(rollouts).items() if t not in done for ids, owners in found.items()]
+    calls: list[list] = []
+    for _, same in groupby(todo, key=lambda x: x[0]):
+        if not calls or len(calls[-1]) * continuations >= CALL:
+            calls.append([])
+        calls[-1] += same
+    with file.open("a") as out:
+        for call in tqdm(calls, desc="calls to the sampler"):
+            groups = actor.generate([[*ids] for _, ids, _ in call], continuations, max_tokens - call[0][0])
+            right: dict[int, dict] = {}
+            for (t, ids, owners), group in zip(call, groups):
+                verdicts = [int(reward(owners[0], [*ids[len(ids) - t :], *r.ids][:max_tokens])) for r in group]
+                halves = sum(verdicts[: continuations // 2]), sum(verdicts[continuations // 2 :])
+                right.setdefault(t, {}).update({b: halves for b in owners})
+            out.write("".join(json.dumps({"t": t, "right": found}) + "\n" for t, found in right.items()))
+            out.flush()
 
 
 def read_lines(file: Path) -> list[dict]:
@@ -225,7 +230,7 @@ def main(args: Args) -> None:
         problems = tasks.load(args.task, args.split, args.responses // args.group, args.seed, args.data)
         model, tokenizer = load_model(args.model)
         check_head(model)
-        longest = max(len(ids) for ids in tokenizer([p.prompt for p in problems]).input_ids) + args.max_tokens
+        longest = max(len(ids) for ids in tokenizer([p.prompt for p in problems]).input_ids) + 2 * args.max_tokens
         check_length(args.model, model.config, longest, f"--max_tokens {args.max_tokens}")
         if folder is None:
             folder = new_folder(args.out, f"truth-{args.task}")

@@ -101,7 +101,8 @@ def test_what_chooses_by_its_own_noise_is_not_flattered(chain):
     assert flattered > truth_tables.ceiling(values, mask, 0.2, bootstrap)[2]
 
 
-def test_a_kill_costs_the_length_that_was_under_way(chain, tmp_path):
+def test_a_kill_costs_the_call_that_was_under_way(chain, tmp_path, monkeypatch):
+    monkeypatch.setattr(truth, "CALL", 1)  # a call for each length
     rollouts = chain[0][:12]
     actor, file = Chain(), tmp_path / "values.jsonl"
     truth.continue_all(actor, lambda b, ids: right(ids), rollouts, 4, 6, file)
