@@ -12,7 +12,7 @@ check: .venv/ok ## Check that this machine can train: versions, numbers, a step,
 	$(BIN)/python -m node.check
 
 test: .venv/ok  ## Run all tests (8 minutes on two cores).
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/ok  ## Check format and style.
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

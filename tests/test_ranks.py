@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from node import ranks, replay
+from node import checkpoint, ranks, replay
 from tests.machine import GAP, GPUS, HIDDEN
 
 ROOT = Path(ranks.__file__).parents[1]
@@ -51,10 +51,7 @@ def test_no_rank_holds_more_than_its_share_of_a_large_model(tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     model.save_pretrained(tmp_path / "model")
-    weights, layer = (
-        sum(p.nbytes for p in model.parameters()),
-        sum(p.nbytes for p in model.model.layers[0].parameters()),
-    )
+    weights, layer = (sum(p.nbytes for p in part.parameters()) for part in (model, model.model.layers[0]))
     (tmp_path / "run").mkdir()
     done = torchrun(2, "tests/host_memory.py", tmp_path / "model", tmp_path / "run")
     assert done.returncode == 0, done.stderr[-20000:]
@@ -71,21 +68,8 @@ def test_no_rank_holds_more_than_its_share_of_a_large_model(tmp_path):
 @pytest.mark.skipif(GPUS == 1, reason="two ranks with vLLM built for CUDA need two GPUs")
 def test_two_ranks_with_vllm_train_save_and_resume(tmp_path):
     # Groups of two, mostly of equal reward: steps without a gradient happen, and are saved like others.
-    small = [
-        "--prompts",
-        5,
-        "--group",
-        2,
-        "--minibatches",
-        2,
-        "--eval_problems",
-        5,
-        "--max_tokens",
-        64,
-        "--gradient_checkpointing",
-        "--save_every",
-        2,
-    ]
+    small = ["--prompts", 5, "--group", 2, "--minibatches", 2, "--eval_problems", 5, "--max_tokens", 64,
+             "--gradient_checkpointing", "--save_every", 2]  # fmt: skip
     done = torchrun(2, "train.py", *small, "--out", tmp_path / "run", "--steps", 2)
     assert done.returncode == 0, done.stderr[-20000:]
     assert done.stdout.count("held-out success before") == 1, "only rank 0 talks"
@@ -93,19 +77,18 @@ def test_two_ranks_with_vllm_train_save_and_resume(tmp_path):
     assert done.returncode == 0, done.stderr[-20000:]
     assert done.stdout.strip().splitlines()[-1].endswith(f"{tmp_path}/run")
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in log if "reward" in r] == [1, 2, 3] and [r["step"] for r in log if "success" in r] == [
-        0,
-        2,
-        3,
-    ]
+    assert [r["step"] for r in log if "reward" in r] == [1, 2, 3]
+    assert [r["step"] for r in log if "success" in r] == [0, 2, 3]
     assert all(r["gap_max"] < GAP for r in log if "reward" in r), "both engines were reloaded from the shards"
-    done = torchrun(1, "train.py", "--resume", tmp_path / "run", "--steps", 4)  # the other half of the moments is read
-    assert done.returncode == 0, done.stderr[-20000:]
-    before, after = (
-        AutoModelForCausalLM.from_pretrained(p) for p in ("assets/tiny", tmp_path / "run" / "checkpoint-4")
-    )
+    path, state = checkpoint.latest(tmp_path / "run")  # one process reads what two have written, both halves
+    before, after = (AutoModelForCausalLM.from_pretrained(p) for p in ("assets/tiny", path))
     assert [p.shape for p in before.parameters()] == [p.shape for p in after.parameters()]
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+    optimizer = torch.optim.AdamW(after.parameters(), 1e-4, weight_decay=0.0, fused=True)
+    checkpoint.restore(path, state, after, optimizer)
+    moments = [optimizer.state[p]["exp_avg_sq"] for p in after.parameters()]
+    assert all(m.shape == p.shape for m, p in zip(moments, after.parameters()))
+    assert sum((m != 0).double().mean() for m in moments) > 0.9 * len(moments)
 
 
 def test_a_rank_that_fails_ends_the_run_with_its_message(tmp_path):
@@ -119,14 +102,7 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(tmp_path):
         "ranks.all_reduce_sum(torch.zeros(1))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--standalone",
-        tmp_path / "one.py",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", tmp_path / "one.py"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode != 0 and "error: rank one has had enough" in done.stderr
 

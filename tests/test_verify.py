@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import threading
 
 import math_verify
@@ -177,7 +178,8 @@ def test_a_worker_that_is_late_to_start_gives_no_verdict(monkeypatch):
 
 def test_a_worker_that_is_not_given_time_to_answer_is_no_verdict(monkeypatch):
     verify.check()
-    monkeypatch.setattr(verify, "PATIENCE", 0.0)
+    verify._worker.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(verify, "PATIENCE", 0.1)
     assert verify.maths("0.5", "\\boxed{12/24}") == 0.0
     monkeypatch.undo()
     assert verify.maths("0.5", "\\boxed{12/24}") == 1.0 and verify.maths("0.5", "\\boxed{12/25}") == 0.0

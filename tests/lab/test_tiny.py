@@ -27,8 +27,8 @@ def test_the_shipped_model_is_the_described_one():
 def test_the_shipped_model_has_its_stated_skills():
     torch.manual_seed(0)
     model, _ = load_model("assets/tiny")
-    skills = tiny.skills(model, tasks.load("countdown-tiny", n=256))
-    assert 0.25 < skills["success"] < 0.37, "README: about 31 %; 512 answers, standard error 2 points"
+    skills = tiny.skills(model, tasks.load("countdown-tiny", n=128))
+    assert 0.22 < skills["success"] < 0.4, "README: about 31 %; 256 answers, standard error 3 points"
     assert skills["arithmetic"] > 0.975 and skills["judgement"] > 0.975
 
 
