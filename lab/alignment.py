@@ -4,7 +4,7 @@
     python -m lab.alignment --model runs/NAME/checkpoint-40    after it
 
 A learning curve is noisy: two runs that differ by nothing but rounding end some points apart. This measures the arms of
-experiment.py at a fixed policy instead. Of many rollouts one half gives the gradient of expected success by its
+lab.experiment at a fixed policy instead. Of many rollouts one half gives the gradient of expected success by its
 definition, REINFORCE,
 
     grad J = mean over responses of (r - b) sum_t grad log pi(y_t),   b the mean reward of the group's other responses
@@ -66,7 +66,8 @@ class Args:
     model: str = HfArg(default=EMBEDDED, help="Folder or hub name of a transformers checkpoint.")
     task: str = HfArg(default="countdown-tiny", help=f"One of: {', '.join(tasks.TASKS)}.")
     arms: list[str] = HfArg(
-        default_factory=lambda: [*experiment.MAIN, *experiment.ABLATIONS], help="As experiment.py's; uniform is added."
+        default_factory=lambda: [*experiment.MAIN, *experiment.ABLATIONS],
+        help="As of lab.experiment; uniform is added.",
     )
     truth: str | None = HfArg(default=None, help="Folder of lab.truth: the arms' responses, and two arms more.")
     problems: int = HfArg(default=512, help="Training problems; half of them for grad J, all of them with --truth.")

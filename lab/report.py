@@ -1,4 +1,4 @@
-"""The evidence as pictures, tables and one page to read: what analyze.py found, made visible."""
+"""The evidence as pictures, tables and one page to read: what lab.analyze found, made visible."""
 
 import base64
 import html

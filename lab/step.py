@@ -206,10 +206,8 @@ def described(step: Step, tokenizer, args: train.Args) -> dict:
         "intro": torch.where(step.parts.dominated, step.parts.intro - at[0], -1),  # number of the token, -1: none
         "ratios": torch.stack([probability_ratio(x, old_logprobs, mask) for x in step.logprobs], -1),
     }  # fmt: skip
-    tokens = [
-        {"text": visible(tokenizer.decode([step.input_ids[b, t]])), **{k: x[b, t].tolist() for k, x in columns.items()}}
-        for t in at.tolist()
-    ]
+    texts = [[visible(tokenizer.decode([i])) for i in row] for row in step.input_ids.tolist()]
+    tokens = [{"text": texts[b][t], **{k: x[b, t].tolist() for k, x in columns.items()}} for t in at.tolist()]
     row = next((i for i, x in enumerate(tokens) if x["dominated"]), 0)
     identity, maps = against_full_maps(step, b, int(at[row]), args)
     identity |= {"token": row}
@@ -246,7 +244,7 @@ def described(step: Step, tokenizer, args: train.Args) -> dict:
         "losses": losses(slice(None)), "updates": step.updates,
         "clipped_in_group": int(step.clipped.sum()), "tokens_in_group": int(mask.sum()),
         "five": [
-            {"text": visible(tokenizer.decode([step.input_ids[i, t]])), "response": i,
+            {"text": texts[i][t], "response": i,
              "shaped": step.shaped[i, t].item(), "logprobs": [x[i, t].item() for x in step.logprobs]}
             for i, t in places[drawn.to(places.device)].tolist()
         ],
