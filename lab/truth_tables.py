@@ -304,7 +304,9 @@ def response_figure(tokens: list[str], series: dict[str, np.ndarray], before: np
         ax.bar(t, x - (name == "γ"), bottom=1.0 if name == "γ" else 0.0, color=color, width=0.9)
         ax.set_ylabel(name)
         ax.grid(axis="y", alpha=0.3)
-    axes[-1].set_xticks(t, [pictures.visible(token) for token in tokens], family="monospace", fontsize=9)
+    labels = axes[-1].set_xticks(t, [pictures.visible(token) for token in tokens], family="monospace", fontsize=9)
+    for tick in labels:
+        tick.label1.set_rotation(90 if len(tick.label1.get_text()) > 2 else 0)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
