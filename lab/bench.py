@@ -203,20 +203,43 @@ def whole_step(args: Args) -> None:
     by_prompt = {p.prompt: p for p in problems}
     names = {"uniform": "TRL", "coupled": "TRL, coupled"}
     turns: list[dict[str, float]] = [{}]
-    shares: list[float] = []  # of TRL's coupled steps, what WAAD and FAI take
+    added: list[float] = []  # share of TRL's coupled steps that is neither TRL's nor the scoring pass it makes anyway
     phases: list[dict[str, float]] = []
+
+    class Timed(RhythmGRPOTrainer):
+        """Adds up what credit takes: everything that is not TRL's own, its way to log-probs included."""
+
+        credit_seconds = 0.0
+
+        def _observe(self, *args):
+            start = time.perf_counter()
+            found = super()._observe(*args)
+            self.credit_seconds += time.perf_counter() - start
+            return found
+
+        def _score(self, *args, **kwargs):
+            start = time.perf_counter()
+            found = super()._score(*args, **kwargs)
+            self.credit_seconds -= time.perf_counter() - start
+            return found
+
+        def _shape(self, *args):
+            start = time.perf_counter()
+            found = super()._shape(*args)
+            self.credit_seconds += time.perf_counter() - start
+            return found
 
     class TakeTurns(TrainerCallback):
         """TRL makes four steps (one batch of rollouts) with each credit; then ours learns from the same problems."""
 
-        start = signals = 0.0
+        start = 0.0
 
         def on_step_begin(self, config, state, control, **kwargs) -> None:
             if state.global_step % ours.minibatches == 0:
                 first = ["uniform", "coupled"][len(turns) % 2]  # each comes first in every other turn
                 trainer.credit = first if not turns[-1] else ({"uniform", "coupled"} - {first}).pop()
                 torch.manual_seed(len(turns))  # the same rollouts with both
-                self.start, self.signals = time.perf_counter(), clock.seconds.get("signals", 0.0)
+                self.start, trainer.credit_seconds = time.perf_counter(), 0.0
 
         def on_step_end(self, config, state, control, **kwargs) -> None:
             nonlocal heads
@@ -224,7 +247,7 @@ def whole_step(args: Args) -> None:
                 return
             turns[-1][names[trainer.credit]] = whole = time.perf_counter() - self.start
             if trainer.credit == "coupled":
-                shares.append((clock.seconds["signals"] - self.signals) / whole)
+                added.append(trainer.credit_seconds / whole)
             if len(turns[-1]) < 2:
                 return
             batch, before = problems[(len(turns) - 1) * ours.prompts :][: ours.prompts], clock.seconds["signals"]
@@ -246,7 +269,7 @@ def whole_step(args: Args) -> None:
         learning_rate=ours.lr, beta=0.0, loss_type="grpo", epsilon=ours.epsilon, temperature=1.0,
         optim="adamw_torch_fused",
     )  # fmt: skip
-    trainer = RhythmGRPOTrainer(
+    trainer = Timed(
         model=load_model(ours.model)[0],
         processing_class=tokenizer,
         args=config,
@@ -260,7 +283,7 @@ def whole_step(args: Args) -> None:
     with tqdm(total=args.repeats + 1, desc="turns") as bar, signals_timed() as clock:
         trainer.train()
     actor.close()
-    turns, shares, phases = turns[1:-1], shares[1:], phases[1:]  # the first turn warms up, the last has not begun
+    turns, added, phases = turns[1:-1], added[1:], phases[1:]  # the first turn warms up, the last has not begun
     rows = [["256 rollouts", "s", "of TRL's time", "lowest and highest turn"]]
     for name in turns[0]:
         seconds, ratios = ([t[name] / (t["TRL"] if ratio else 1) for t in turns] for ratio in (False, True))
@@ -269,7 +292,8 @@ def whole_step(args: Args) -> None:
             [name, f"{statistics.median(seconds):.2f}", f"{middle:.3f}", f"{min(ratios):.3f}, {max(ratios):.3f}"]
         )
     print(markdown(rows))
-    print(f"\nTRL, coupled: WAAD and FAI {100 * statistics.median(shares):.1f} %")
+    print(f"\nTRL, coupled: credit takes {100 * statistics.median(added):.1f} % of a step "
+          f"({100 * min(added):.1f} to {100 * max(added):.1f}), measured within it")  # fmt: skip
     parts = ["generate", "score", "WAAD and FAI", "credit", "update", "reload"]
     whole = sum(p[n] for p in phases for n in parts)
     print("ours, coupled: " + ", ".join(f"{n} {100 * sum(p[n] for p in phases) / whole:.1f} %" for n in parts))
