@@ -35,7 +35,8 @@ grows by gamma / sqrt(q gamma^2 + 1 - q): 22 % with 1.5 and 40 %.
 
 With --truth the minibatches are those responses, and all problems sampled here serve grad J. "oracle" puts gamma on the
 tokens of truly largest |dV|: what a perfect signal could do with coupled's q and gamma. "VinePPO" has dV itself for its
-advantage: what there is to be had from knowing where credit belongs.
+advantage: what there is to be had from knowing where credit belongs. A second table says which tokens hold the signal
+and the noise, by what the token is: those of most entropy, then all others.
 """
 
 import sys
@@ -55,8 +56,11 @@ import tasks
 import train
 from grpo import check_head, group_advantages, micro_batches, shape_advantages, token_logprobs
 from lab import experiment, truth
+from lab.report import visible
 from node.output import markdown
 from rollout import EMBEDDED, load_model, pad_batch, start_actor
+
+KINDS = 10  # tokens shown by themselves
 
 
 @dataclass
@@ -142,7 +146,7 @@ def gamma_of(name: str, args: Args, signals: list, mask: Tensor, values: truth.V
 
 def checked(args: Args) -> truth.Measured | None:
     """The measurement of --truth, if any; ValueError for arguments that cannot be."""
-    if unknown := set(args.arms) - {*experiment.MAIN, *experiment.ABLATIONS}:
+    if unknown := set(args.arms) - {*experiment.MAIN, *experiment.ABLATIONS, *experiment.TRIED}:
         raise ValueError(f"--arms {', '.join(sorted(unknown))}: not of {'; '.join(experiment.ARMS)}")
     if args.group < 2 or args.minibatch < 1:
         raise ValueError(f"--group {args.group} --minibatch {args.minibatch}: two responses and one problem at least")
@@ -240,6 +244,18 @@ def main(args: Args) -> None:
             cells += [f"{mean:.2f}", f"{choices / mean:.2f}"]
         table.append([name, *cells])
     text = markdown(table)
+    if found:
+        square, entropy = found.values.square[0].to(device), signals[0].entropy
+        kinds = torch.zeros(len(tokenizer), device=device).index_add(0, input_ids[mask], entropy[mask]).topk(KINDS)
+        rest = ~torch.isin(input_ids, kinds.indices) & mask
+        rows = [["token", "of all tokens, %", "of entropy", "of ΔV²", "signal", "noise"]]
+        for token in (*kinds.indices.tolist(), None):
+            at = rest if token is None else (input_ids == token) & mask
+            held = shares(gradients(shape_advantages(advantages, at.float())), uniform, target, draws)
+            parts = [100 * (x * at).sum() / (x * mask).sum() for x in (mask, entropy, square)]
+            name = "all others" if token is None else f"`{visible(tokenizer.decode([token]))}`"
+            rows.append([name, *(f"{part:.0f}" for part in parts), *(cell(100 * x, ".0f") for x in held.T)])
+        text += "\n\n" + markdown(rows)
     Path(args.out).write_text(text + "\n")
     print(
         f"{text}\n\nuniform: cosine with the gradient of success; others: % more than uniform. {len(minibatches)} "

@@ -74,7 +74,15 @@ ABLATIONS = {
     "coupled, on the token produced": ["--on_produced"],
 }
 STUDY = {f"uniform, lr {lr}": ["--credit", "uniform", "--lr", lr] for lr in ("1e-4", "2e-4", "4e-4")}
-ARMS = {**MAIN, **ABLATIONS, **STUDY}
+TRIED = {  # for a better credit, in lab.alignment alone: no runs were made of these
+    "local, q 0.1": ["--credit", "local", "--q", "0.1"],
+    "local, q 0.2": ["--credit", "local", "--q", "0.2"],
+    "local, all heads": ["--credit", "local", "--all_heads"],
+    "global, q 0.2": ["--credit", "global", "--q", "0.2"],
+    "coupled, q 0.1": ["--q", "0.1"],
+    "coupled, all to the intro": ["--alpha", "1"],
+}
+ARMS = {**MAIN, **ABLATIONS, **TRIED, **STUDY}
 SMALL, SHORT = "--prompts 8 --gamma_amp 4", 10  # 64 rollouts a step, 16 an update; steps for want of time
 SETTINGS = {  # the arguments that all its arms share, and the arms
     "countdown": ("--task countdown-tiny --lr 2e-4 --steps 12 --eval_every 3", MAIN),
