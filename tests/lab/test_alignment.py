@@ -73,14 +73,19 @@ def test_shares_equal_their_definition_and_add_up():
 
 def test_with_the_truth_there_are_two_arms_more(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(truth_tables, "RESAMPLES", 20)
+    monkeypatch.setattr(
+        truth.tasks, "reward", lambda problem, text: float(text.count("1") > 2)
+    )  # short ones succeed too
     folder, out = str(tmp_path / "truth"), tmp_path / "table.md"
     short = dict(max_tokens=24, engine="torch")
     truth.main(truth.Args(responses=32, continuations=4, out=folder, **short))
     args = alignment.Args(arms=["scaled"], truth=folder, problems=4, minibatch=2, out=str(out), **short)
     alignment.main(args)
-    assert [line.split(" | ")[0] for line in out.read_text().splitlines()[2:]] == [
-        "| uniform", "| oracle", "| VinePPO", "| scaled"
-    ]  # fmt: skip
+    arms, kinds = (text.splitlines()[2:] for text in out.read_text().split("\n\n"))
+    assert [line.split(" | ")[0] for line in arms] == ["| uniform", "| oracle", "| VinePPO", "| scaled"]
+    assert kinds[-1].startswith("| all others |")
+    columns = np.array([[float(cell.split()[0]) for cell in line.split(" | ")[1:]] for line in kinds])
+    assert np.abs(columns.sum(0) - 100).max() < len(kinds), "whatever there is is held by one token or another"
     assert "2 minibatches of 16" in capsys.readouterr().out
     for wrong, says in (({"minibatch": 3}, "--minibatch 3"), ({"group": 4}, "--group 4"), ({"truth": "no"}, "no:")):
         with pytest.raises(SystemExit, match=f"error:.*{says}"):
