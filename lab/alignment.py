@@ -34,9 +34,9 @@ grows by gamma / sqrt(q gamma^2 + 1 - q): 22 % with 1.5 and 40 %.
     python -m lab.alignment --truth runs/truth --minibatch 2   two arms more, which know it
 
 With --truth the minibatches are those responses, and all problems sampled here serve grad J. "oracle" puts gamma on the
-tokens of truly largest |dV|: what a perfect signal could do with coupled's q and gamma. "VinePPO" has dV itself for its
-advantage: what there is to be had from knowing where credit belongs. A second table says which tokens hold the signal
-and the noise, by what the token is: those of most entropy, then all others.
+tokens of truly largest |dV|: what a perfect signal could do with coupled's gamma and q, or with a q below the share of
+choices. "VinePPO" has dV itself for its advantage: what there is to be had from knowing where credit belongs. A second
+table says which tokens hold the signal and the noise, by what the token is: those of most entropy, then all others.
 """
 
 import sys
@@ -60,6 +60,7 @@ from lab.report import visible
 from node.output import markdown
 from rollout import EMBEDDED, load_model, pad_batch, start_actor
 
+ORACLES = {"oracle": 0.4, "oracle, q 0.1": 0.1}  # and the share of tokens that each credits
 KINDS = 10  # tokens shown by themselves
 
 
@@ -131,10 +132,10 @@ def signals_both_ways(model, input_ids: Tensor, mask: Tensor) -> list:
 
 
 def gamma_of(name: str, args: Args, signals: list, mask: Tensor, values: truth.Values | None) -> tuple[Tensor, str]:
-    """An arm's gamma [B,N] and the advantages it applies to; "oracle" takes the tokens of truly largest |dV|."""
-    if name == "oracle":
+    """An arm's gamma [B,N] and the advantages it applies to; an oracle takes the tokens of truly largest |dV|."""
+    if name in ORACLES:
         delta = values.delta[0].abs().to(mask.device)
-        return 1 + (args.gamma_amp - 1) * credit.top_q(delta, mask, train.Args.q), "both"
+        return 1 + (args.gamma_amp - 1) * credit.top_q(delta, mask, ORACLES[name]), "both"
     flags = [*experiment.ARMS[name], f"--gamma_amp={args.gamma_amp}"]
     (arm,) = HfArgumentParser(train.Args).parse_args_into_dataclasses(flags)
     gamma = credit.assign_credit(
@@ -223,7 +224,7 @@ def main(args: Args) -> None:
     uniform = gradients(shape_advantages(advantages, torch.ones_like(per_token)))
     base = speeds(uniform, target, draws)
     table.append(["uniform", *(f"{cosine:.3f}" for cosine in base[0]), "1.000", "", "", "1.00", "1.00"])
-    arms = [*(["oracle", "VinePPO"] if found else []), *(a for a in args.arms if a != "uniform")]
+    arms = [*([*ORACLES, "VinePPO"] if found else []), *(a for a in args.arms if a != "uniform")]
     for name in tqdm(arms, desc="arms"):
         if name == "VinePPO":
             gamma, weights = None, found.values.delta[0].to(device)

@@ -82,7 +82,9 @@ def test_with_the_truth_there_are_two_arms_more(tmp_path, capsys, monkeypatch):
     args = alignment.Args(arms=["scaled"], truth=folder, problems=4, minibatch=2, out=str(out), **short)
     alignment.main(args)
     arms, kinds = (text.splitlines()[2:] for text in out.read_text().split("\n\n"))
-    assert [line.split(" | ")[0] for line in arms] == ["| uniform", "| oracle", "| VinePPO", "| scaled"]
+    assert [line.split(" | ")[0] for line in arms] == [
+        "| uniform", "| oracle", "| oracle, q 0.1", "| VinePPO", "| scaled"
+    ]  # fmt: skip
     assert kinds[-1].startswith("| all others |")
     columns = np.array([[float(cell.split()[0]) for cell in line.split(" | ")[1:]] for line in kinds])
     assert np.abs(columns.sum(0) - 100).max() < len(kinds), "whatever there is is held by one token or another"
