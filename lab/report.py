@@ -191,7 +191,7 @@ def stability_figure(records: list[dict], path: Path) -> None:
     right.axhline(0, color="black", lw=0.8)
     right.set(title="lift over random, %", xlabel="step")
     for ax in (middle, right):
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="center")
     fig.tight_layout()
     _save(fig, path)
 
