@@ -48,7 +48,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
 import credit
@@ -177,6 +177,7 @@ def main(args: Args) -> None:
         model, tokenizer = load_model(args.model)
         check_head(model)
         problems = tasks.load(args.task, "train", args.problems, seed=args.seed + bool(found))  # others than --truth's
+        set_seed(args.seed)  # torch's sampler draws from the global generator; vLLM sets its own
         actor = start_actor(args.engine, args.model, 512, args.seed, model=model, tokenizer=tokenizer)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")

@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
 import tasks
@@ -238,6 +238,7 @@ def main(args: Args) -> None:
         sampled = (folder / "responses.jsonl").exists()
         if not sampled or read(folder).values is None:
             print(f"{folder}: starting {args.engine}", flush=True)
+            set_seed(args.seed)  # torch's sampler draws from the global generator; vLLM sets its own
             actor = start_actor(args.engine, args.model, longest, args.seed, args.kv_cache_gib, model, tokenizer)
             if not sampled:
                 sample(args, actor, problems, folder)

@@ -74,8 +74,8 @@ def test_shares_equal_their_definition_and_add_up():
 def test_with_the_truth_there_are_two_arms_more(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(truth_tables, "RESAMPLES", 20)
     monkeypatch.setattr(
-        truth.tasks, "reward", lambda problem, text: float(text.count("1") > 2)
-    )  # short ones succeed too
+        truth.tasks, "reward", lambda problem, text: text.count("1") % 2.0
+    )  # half of short ones succeed
     folder, out = str(tmp_path / "truth"), tmp_path / "table.md"
     short = dict(max_tokens=24, engine="torch")
     truth.main(truth.Args(responses=32, continuations=4, out=folder, **short))
