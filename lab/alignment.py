@@ -31,7 +31,7 @@ then multiplies the signal by gamma and the noise's variance by q gamma^2 + 1 - 
 grows by gamma / sqrt(q gamma^2 + 1 - q): 22 % with 1.5 and 40 %.
 
     python -m lab.truth --out runs/truth                       what each token was worth, half an hour
-    python -m lab.alignment --truth runs/truth --minibatch 2   two arms more, which know it
+    python -m lab.alignment --truth runs/truth --minibatch 2   three arms more, which know it
 
 With --truth the minibatches are those responses, and all problems sampled here serve grad J. "oracle" puts gamma on the
 tokens of truly largest |dV|: what a perfect signal could do with coupled's gamma and q, or with a q below the share of
@@ -40,7 +40,7 @@ table says which tokens hold the signal and the noise, by what the token is: tho
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -57,6 +57,7 @@ import train
 from grpo import check_head, group_advantages, micro_batches, shape_advantages, token_logprobs
 from lab import experiment, truth
 from lab.report import visible
+from lab.truth_tables import signals_of
 from node.output import markdown
 from rollout import EMBEDDED, load_model, pad_batch, start_actor
 
@@ -74,7 +75,7 @@ class Args:
         default_factory=lambda: [*experiment.MAIN, *experiment.ABLATIONS],
         help="As of lab.experiment; uniform is added.",
     )
-    truth: str | None = HfArg(default=None, help="Folder of lab.truth: the arms' responses, and two arms more.")
+    truth: str | None = HfArg(default=None, help="Folder of lab.truth: the arms' responses, and three arms more.")
     problems: int = HfArg(default=512, help="Training problems; half of them for grad J, all of them with --truth.")
     gamma_amp: float = HfArg(default=1.5, help="Of all arms.")
     group: int = HfArg(default=8, help="G, responses to each problem.")
@@ -119,16 +120,6 @@ def shares(credited: Tensor, uniform: Tensor, target: Tensor, draws: Tensor) -> 
         return draws @ (x * y).sum(1) - torch.einsum("dm,mn,dn->d", draws, x @ y.T, draws)
 
     return torch.stack([signal, covariance(credited, uniform) / covariance(uniform, uniform)], 1).cpu().numpy()
-
-
-def signals_both_ways(model, input_ids: Tensor, mask: Tensor) -> list:
-    """The signals of all rows, with the head split and with all heads."""
-    rows, found = torch.arange(len(mask), device=mask.device), []
-    for all_heads in (False, True):
-        arm = replace(train.Args(), all_heads=all_heads)
-        heads = train.measure_heads(arm, model, input_ids, mask, rows[: train.SPAN_ROWS])
-        found.append(train.score(arm, model, input_ids, mask, rows, heads))
-    return found
 
 
 def gamma_of(name: str, args: Args, signals: list, mask: Tensor, values: truth.Values | None) -> tuple[Tensor, str]:
@@ -196,7 +187,7 @@ def main(args: Args) -> None:
     else:
         rollouts, rewards = rollouts[first:], rewards[first // args.group :]
     input_ids, mask, _ = (x.to(device) for x in pad_batch(rollouts))  # [B,N]
-    signals = signals_both_ways(model, input_ids, mask)
+    signals = [signals_of(model, input_ids, mask, all_heads=x) for x in (False, True)]
     advantages = group_advantages(rewards).flatten().to(device)
     per_token = mask / mask.sum(1, keepdim=True).clamp(min=1)
     minibatches = torch.arange(len(mask), device=device).split(args.minibatch * args.group)

@@ -187,12 +187,14 @@ def read(folder: str | Path) -> Measured:
     """A folder of this command that has its responses. ValueError, in one line, if it is none."""
     args, folder = read_args(folder), Path(folder)
     lines = read_lines(folder / "responses.jsonl")
+    if not lines:
+        raise ValueError(f"{folder}: has no responses yet: python -m lab.truth --resume {folder}")
     problems = tasks.load(args.task, args.split, args.responses // args.group, args.seed, args.data)
     problems = [p for p in problems for _ in range(args.group)]
     rollouts = [Rollout(**{k: x[k] for k in Rollout._fields}) for x in lines]
     rewards = torch.tensor([x["reward"] for x in lines])
     values = read_lines(folder / "values.jsonl")
-    if {line["t"] for line in values} < plan(rollouts).keys():
+    if plan(rollouts).keys() - {line["t"] for line in values}:
         return Measured(args, problems, rollouts, rewards, None)
     shape = pad_batch(rollouts)[1].shape
     return Measured(

@@ -43,8 +43,12 @@ def signals_of(model, input_ids: Tensor, mask: Tensor, **how) -> Signals:
     """What one scoring pass says, by train.py's own functions; `how` are arguments of train.py."""
     args, rows = train.Args(**how), torch.arange(len(mask), device=mask.device)
     heads = train.measure_heads(args, model, input_ids, mask, rows[: train.SPAN_ROWS])
-    found = train.score(args, model, input_ids, mask, rows, heads)
-    return Signals(*(x.cpu() for x in found[:4]), heads)
+    return train.score(args, model, input_ids, mask, rows, heads)
+
+
+def on_cpu(signals: Signals) -> Signals:
+    """The same, where the values are."""
+    return Signals(*(x.cpu() for x in signals[:4]), signals.heads)
 
 
 def scores(signals: Signals, mask: Tensor) -> dict[str, Tensor]:
@@ -144,13 +148,17 @@ def choice_table(signals: Signals, values, mask: Tensor, bootstrap: Bootstrap) -
     rank_y, rows = stats.rankdata(y), []
     ranked = scores(signals, mask)
     for name in (*ranked, "random"):
-        top = chosen("random", signals, choice, 0.4) if name == "random" else credit.top_q(ranked[name], choice, 0.4)
+        top = (
+            chosen("random", signals, choice, SHARES[-1])
+            if name == "random"
+            else credit.top_q(ranked[name], choice, SHARES[-1])
+        )
         cells = [held(top.float(), square, choice, bootstrap), None, None]
         if name != "random":
             cells[1] = _correlation(within(ranked[name], choice), rank_y, owner, bootstrap)
             cells[2] = _matched(top[choice].numpy(), signals, choice, mask, y, owner, bootstrap)
         rows.append([name, *cells])
-    rows.append(["ceiling", ceiling(values, choice, 0.4, bootstrap), None, None])
+    rows.append(["ceiling", ceiling(values, choice, SHARES[-1], bootstrap), None, None])
     return rows
 
 
@@ -257,9 +265,9 @@ def tables(found, model, signals: Signals, input_ids: Tensor, mask: Tensor) -> d
     }
     kinds, rows = ("FAI", "change of WAAD", "WAAD", "coupled"), []
     for way, (whose, how) in ways.items():
-        other = signals_of(whose, input_ids, mask.to(model.device), **how)
+        other = on_cpu(signals_of(whose, input_ids, mask.to(model.device), **how))
         cells = [held(chosen(k, other, mask, SHARES[-1]), square, mask, bootstrap) for k in kinds]
-        cells += [held(credit.top_q(scores(other, mask)[k], choice, 0.4).float(), square, choice, bootstrap)
+        cells += [held(credit.top_q(scores(other, mask)[k], choice, SHARES[-1]).float(), square, choice, bootstrap)
                   for k in kinds[:2]]  # fmt: skip
         rows.append([way, *(_cell(x, True) for x in cells)])
     heads = [*kinds, *(f"{k}, choices alone" for k in kinds[:2])]
@@ -273,9 +281,12 @@ def shares_figure(found, signals: Signals, mask: Tensor, path: Path) -> None:
     choice, ranked = mask & (signals.entropy > CHOICE), scores(signals, mask)
     fig, axes = plt.subplots(1, 2, figsize=(12, 4), sharey=True)
     names = [n for n in NAMES if n not in ("coupled", "random")]
-    for ax, among, title in ((axes[0], mask, "of all tokens"), (axes[1], choice, "of the choices (entropy above 0.1)")):
-        rows = {n: held(credit.top_q(ranked[n], among, 0.4).float(), square, among, bootstrap) for n in names}
-        rows["ceiling"] = ceiling(found.values, among, 0.4, bootstrap)
+    for ax, among, title in (
+        (axes[0], mask, "of all tokens"),
+        (axes[1], choice, f"of the choices (entropy above {CHOICE})"),
+    ):
+        rows = {n: held(credit.top_q(ranked[n], among, SHARES[-1]).float(), square, among, bootstrap) for n in names}
+        rows["ceiling"] = ceiling(found.values, among, SHARES[-1], bootstrap)
         for y, (name, (value, low, high)) in enumerate(rows.items()):
             color = {"ceiling": "tab:green", "entropy": "tab:gray"}.get(name, "tab:red")
             ax.errorbar(100 * value, y, xerr=[[100 * (value - low)], [100 * (high - value)]], fmt="o", capsize=3,
@@ -332,8 +343,7 @@ def described(found, signals: Signals, mask: Tensor, gamma: Tensor, b: int, toke
 def report(found, model, tokenizer, folder: Path) -> str:
     """Write index.html, tables.md and the pictures of a measurement (truth.Measured); returns the tables as text."""
     input_ids, mask, _ = (x.to(model.device) for x in pad_batch(found.rollouts))
-    signals = signals_of(model, input_ids, mask)
-    mask = mask.cpu()
+    signals, mask = on_cpu(signals_of(model, input_ids, mask)), mask.cpu()
     gamma = credit.coupled_rhythm(signals.waad, signals.fai, mask)
     text = tables(found, model, signals, input_ids, mask)
     shares_figure(found, signals, mask, folder / "shares.png")

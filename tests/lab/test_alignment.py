@@ -71,7 +71,7 @@ def test_shares_equal_their_definition_and_add_up():
     np.testing.assert_allclose(got + rest, 1)
 
 
-def test_with_the_truth_there_are_two_arms_more(tmp_path, capsys, monkeypatch):
+def test_with_the_truth_there_are_three_arms_more(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(truth_tables, "RESAMPLES", 20)
     monkeypatch.setattr(
         truth.tasks, "reward", lambda problem, text: text.count("1") % 2.0

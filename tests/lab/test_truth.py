@@ -125,6 +125,10 @@ def test_the_command_and_its_resume(tmp_path, capsys, monkeypatch):
     assert "| ceiling |" in text and "| random |" in text and text.count("###") == 5
     assert {"index.html", "shares.png", "response.png"} <= {f.name for f in folder.iterdir()}
     assert "ΔV" in (folder / "index.html").read_text()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "args.json").write_text((folder / "args.json").read_text())
+    with pytest.raises(ValueError, match="has no responses yet"):
+        truth.read(tmp_path / "begun")
     lines = (folder / "values.jsonl").read_text().splitlines(keepends=True)
     (folder / "values.jsonl").write_text("".join(lines[:-1]))
     truth.main(truth.Args(resume=str(folder)))
