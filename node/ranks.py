@@ -79,15 +79,16 @@ def decoder_layers(model) -> torch.nn.ModuleList:
     return layers
 
 
-def shard(model, device: torch.device):
+def shard(model, device: torch.device, dtype: str = "auto"):
     """The model on this rank's device: over several ranks, or on a GPU, as FSDP2 shards; alone on a CPU as it is.
 
-    Float32 weights, gradients and optimizer state; on a GPU the passes run in bfloat16 and gradients are summed in
-    float32. Weights move to the device layer by layer.
+    Float32 weights, gradients and optimizer state; on a GPU the passes run in bfloat16, unless dtype says float32, and
+    gradients are summed in float32. Weights move to the device layer by layer.
     """
     if not dist.is_initialized():
         return model.to(device)
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    mixed = device.type == "cuda" and dtype != "float32"
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)

@@ -21,9 +21,9 @@ from heads import Heads, layer_range
 from node import checkpoint, ranks
 from node.output import minutes, write_whole
 
-# The largest mean |logp_vllm - logp_torch| that rounding can explain; beyond it the sampler has other weights. On a GPU
-# both round to bfloat16, and what that makes depends on the model: there the first steps of the run are the measure.
-GAP_LIMIT = {"cpu": 1e-3, "cuda": 0.3}
+# The largest mean |logp_vllm - logp_torch| that rounding can explain; beyond it the sampler has other weights. What
+# rounding to bfloat16 makes depends on the model: there the first steps of the run are the measure.
+GAP_LIMIT = {"float32": 1e-3, "bfloat16": 0.3}
 GAP_STEPS, GAP_FACTOR = 3, 5
 SKIP_LIMIT = 3  # steps in a row with a gradient that is not finite
 SHOWN = {"reward": ".2f", "gap_mean": ".0e", "entropy": ".2f", "tokens_per_s": ".0f"}  # beside the progress bar
@@ -113,10 +113,9 @@ class Run:
 
     def gap_limit(self) -> float:
         """The sampler gap above which the run stops, at this step."""
-        device = next(self.model.parameters()).device.type
         first = [r["gap_mean"] for r in self.log.records if "gap_mean" in r][:GAP_STEPS]
-        if device == "cpu" or self.step <= GAP_STEPS:
-            return GAP_LIMIT[device]
+        if self.args.dtype == "float32" or self.step <= GAP_STEPS:
+            return GAP_LIMIT[self.args.dtype]
         return GAP_FACTOR * sum(first) / len(first)
 
     def _stop_if_broken(self, record: dict) -> None:

@@ -241,6 +241,17 @@ def test_under_autocast_the_signals_are_near_those_of_float32():
     torch.testing.assert_close(got.fai, exact.fai, rtol=0, atol=3e-3)
 
 
+def test_a_trainers_autocast_does_not_reach_the_band():
+    torch.manual_seed(0)
+    q, k = 3 * torch.randn(1, 4, 150, 16), 3 * torch.randn(1, 2, 150, 16)
+    layer = heads.Recorded(q, k, 0.25, heads.fused_attention(q, k, k, 0.25)[1], None)
+    chosen, mask = [(layer, torch.ones(4, dtype=torch.bool))], (torch.arange(150) >= 20)[None]
+    want = metrics.streamed_waad(chosen, mask), metrics.streamed_fai(chosen, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(metrics.streamed_waad(chosen, mask), want[0])
+        assert torch.equal(metrics.streamed_fai(chosen, mask), want[1])
+
+
 def test_recording_changes_nothing_and_leaves_nothing():
     model = llm(*MODELS["qwen3"][:2], head_dim=16)
     ids, _ = ragged([(5, 40), (9, 3)], 50)

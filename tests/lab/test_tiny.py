@@ -8,7 +8,7 @@ import torch
 import metrics
 import tasks
 from lab import tiny
-from rollout import Rollout, load_model, pad_batch
+from rollout import Rollout, TorchActor, load_model, pad_batch
 from tasks import countdown
 
 
@@ -26,8 +26,7 @@ def test_the_shipped_model_is_the_described_one():
 
 def test_the_shipped_model_has_its_stated_skills():
     torch.manual_seed(0)
-    model, _ = load_model("assets/tiny")
-    skills = tiny.skills(model, tasks.load("countdown-tiny", n=128))
+    skills = tiny.skills(TorchActor(*load_model("assets/tiny")), tasks.load("countdown-tiny", n=128))
     assert 0.22 < skills["success"] < 0.4, "README: about 31 %; 256 answers, standard error 3 points"
     assert skills["arithmetic"] > 0.975 and skills["judgement"] > 0.975
 
