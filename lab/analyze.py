@@ -35,10 +35,10 @@ import tasks
 from eval import evaluate
 from grpo import check_head
 from heads import attention_maps, layer_range, record, split_heads
-from lab import linkage, perturb, report
+from lab import linkage, perturb, report, sinks
 from node.output import markdown, minutes
 from node.run import new_folder, write_args
-from rollout import EMBEDDED, check_length, fill_defaults, load_model, pad_batch, start_actor
+from rollout import EMBEDDED, chat_prompts, check_length, fill_defaults, load_model, pad_batch, start_actor
 
 PAGES = 6  # responses shown on the page
 DEFAULTS = {  # of arguments that are not given: for the embedded model and what is trained from it; for any other model
@@ -60,13 +60,18 @@ class Args:
     data: str | None = HfArg(default=None, help="Local JSON, JSONL or parquet file in place of the task's dataset.")
     run: str | None = HfArg(default=None, help="Plot what this run of train.py --watch_signals logged; nothing else.")
     problems: int = HfArg(default=70, help="Held-out problems, one response each.")
+    chat: bool = HfArg(default=False, help="Put each prompt into the model's chat template (default: plain text).")
+    drop_first: bool = HfArg(
+        default=False,
+        help="Look at attention without the first token's column, head split and all (lab/sinks.py).",
+    )
     temperature: float = HfArg(default=0.7, help="Of the sampled responses.")
     max_tokens: int | None = HfArg(
         default=None,
         help="Longest response and continuation (default: 128 for the embedded model, 1024 for any other).",
     )
     top_k: int = HfArg(default=3, help="Other tokens forced at a position.")
-    positions: int = HfArg(default=3, help="Positions of highest, and of lowest FAI in a response.")
+    positions: int = HfArg(default=3, help="Positions of highest, and of lowest FAI in a response; 0: no Table 1.")
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
     kv_cache_gib: float | None = HfArg(
         default=None, help="vLLM's cache, for more responses at once (default: 0.5 for the embedded model, 8)."
@@ -124,11 +129,15 @@ def described(tokenizer, problem, rollout, response: linkage.Response) -> dict:
     }  # fmt: skip
 
 
-def mean_maps(model, ids: list[int], first: int, layers: list[int], spans: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def mean_maps(
+    model, ids: list[int], first: int, layers: list[int], spans: Tensor, drop_first: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Eq. 8 for one sequence: mean maps of the local and of the global heads, response rows and columns; [T,T] each."""
     with torch.no_grad(), record(model, layers) as recorded:
         model.get_decoder()(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-    maps = torch.cat([attention_maps(recorded[layer])[0] for layer in layers])[:, first:, first:].cpu()  # [heads,T,T]
+    found = [sinks.without_first(recorded[layer]) if drop_first else recorded[layer] for layer in layers]
+    maps = torch.cat([attention_maps(layer)[0] for layer in found])  # [heads,N,N]
+    maps = maps[:, first - drop_first :, first - drop_first :].cpu()  # [heads,T,T]
     return tuple(maps[group].mean(0).numpy() for group in split_heads(spans))
 
 
@@ -156,7 +165,7 @@ def main(args: Args) -> None:
     try:
         args, note = fill_defaults(args, DEFAULTS, args.model)
         print(note)
-        for name, least in (("problems", 10), ("max_tokens", 16), ("top_k", 1), ("positions", 1), ("micro_tokens", 1)):
+        for name, least in (("problems", 10), ("max_tokens", 16), ("top_k", 1), ("positions", 0), ("micro_tokens", 1)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name} {getattr(args, name)}: must be {least} or more")
         problems = tasks.load(args.task, "test", args.problems, data=args.data)
@@ -167,7 +176,8 @@ def main(args: Args) -> None:
             raise ValueError(f"--top_k {args.top_k}: there are {others} other tokens to force")
         if not 0 <= args.temperature < float("inf"):
             raise ValueError(f"--temperature {args.temperature}: 0 (greedy) or above")
-        longest_prompt = max(map(len, tokenizer([p.prompt for p in problems]).input_ids))
+        prompts = [p.prompt for p in problems]
+        longest_prompt = max(map(len, chat_prompts(tokenizer, prompts) if args.chat else tokenizer(prompts).input_ids))
         max_model_len = longest_prompt + 2 * args.max_tokens  # a continuation may be as long as a response
         check_length(args.model, model.config, max_model_len, f"--max_tokens {args.max_tokens}")
         folder = new_folder(args.out, f"analysis-{args.task}")
@@ -175,7 +185,7 @@ def main(args: Args) -> None:
         print(f"{folder}: starting {args.engine}", flush=True)
         actor = start_actor(args.engine, args.model, max_model_len, args.seed, args.kv_cache_gib, model, tokenizer)
         set_seed(args.seed)
-        rollouts, rewards = evaluate(actor, problems, 1, args.max_tokens, args.temperature)
+        rollouts, rewards = evaluate(actor, problems, 1, args.max_tokens, args.temperature, args.chat)
         rollouts = [r[0] for r in rollouts]
         long = [i for i, r in enumerate(rollouts) if len(r.ids) > linkage.H_LO + 10]
         if len(long) < 2:
@@ -187,13 +197,17 @@ def main(args: Args) -> None:
     count = model.config.get_text_config().num_hidden_layers
     layers = {where: layer_range(count, where) for where in ("middle", "bottom", "top")}
 
-    looks = {
-        w: linkage.per_head(model, input_ids, mask, ls, args.micro_tokens) for w, ls in tqdm(layers.items(), "maps")
-    }
+    def look(whose, where: str, drop_first: bool = args.drop_first) -> linkage.PerHead:
+        return linkage.per_head(
+            whose, input_ids, mask, layers[where], args.micro_tokens, drop_first=drop_first
+        )  # fmt: skip
+
+    looks = {where: look(model, where) for where in tqdm(layers, "maps")}
+    other_spans = look(model, "middle", not args.drop_first).spans
     responses, overlap = linkage.responses_of(looks["middle"])
     torch.manual_seed(args.seed)
     untrained = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).to(model.device).eval()
-    floor = linkage.responses_of(linkage.per_head(untrained, input_ids, mask, layers["middle"], args.micro_tokens))[0]
+    floor = linkage.responses_of(look(untrained, "middle"))[0]
     del untrained
 
     print(
@@ -204,37 +218,43 @@ def main(args: Args) -> None:
         "args": asdict(args),
         "success": rewards.mean().item(),
         "receiver heads in H_glob": overlap,
+        "first token": sinks.table(looks["middle"].spans, other_spans, looks["middle"].first),
         "table 2": {definition: linkage.table(responses, definition) for definition in tqdm(linkage.PEAKS, "linkage")},
         "floor": {definition: linkage.table(floor, definition) for definition in linkage.PEAKS},
         "by layers and split": by_layers_and_split(looks),
         "offsets": linkage.offsets(responses),
         "separators": separators(tokenizer, rollouts, responses),
-        "table 1": perturb.table(
+    }  # fmt: skip
+    if args.positions:
+        found["table 1"] = perturb.table(
             actor, model, tokenizer, problems, rollouts, responses, input_ids, mask,
             args.max_tokens, args.positions, args.top_k,
-        ),
-    }  # fmt: skip
+        )  # fmt: skip
     actor.close()
 
     right = [i for i in long if rewards[i, 0] == 1] or long
     shown = min(right, key=lambda i: abs(len(rollouts[i].ids) - 45))  # short, but with more than one thought
     r = rollouts[shown]
-    maps = mean_maps(model, r.prompt_ids + r.ids, len(r.prompt_ids), layers["middle"], looks["middle"].spans)
+    maps = mean_maps(
+        model, r.prompt_ids + r.ids, len(r.prompt_ids), layers["middle"], looks["middle"].spans, args.drop_first
+    )
     tokens = [report.visible(tokenizer.decode([t])) for t in r.ids]
     report.maps_figure(*maps, responses[shown], tokens, folder / "maps.png")
     report.forest_figure(found, folder / "linkage.png")
     report.offsets_figure(found, folder / "offsets.png")
-    report.perturbation_figure(found, folder / "perturbation.png")
+    if args.positions:
+        report.perturbation_figure(found, folder / "perturbation.png")
 
     order = [shown, *(i for i in long if i != shown)][:PAGES]
     texts = [described(tokenizer, problems[i], rollouts[i], responses[i]) for i in order]
     title, tables = f"Preplan and anchor in {args.model}", report.tables(found)
     intro = (
-        f"{len(rollouts)} responses to {args.task}, temperature {args.temperature}, "
+        f"{len(rollouts)} responses to {args.data or args.task}, temperature {args.temperature}, "
         f"{100 * found['success']:.1f} % right. "
         f"{100 * overlap:.0f} % of the receiver heads are global heads (30 % by chance)."
     )
-    images = [folder / f"{name}.png" for name in ("maps", "linkage", "offsets", "perturbation")]
+    names = ("maps", "linkage", "offsets", "perturbation")
+    images = [path for name in names if (path := folder / f"{name}.png").exists()]
     (folder / "index.html").write_text(report.page(title, intro, tables, texts, images))
     text = "\n\n".join(f"### {name}\n\n{markdown(rows)}" for name, rows in tables.items())
     (folder / "tables.md").write_text(text)

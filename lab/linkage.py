@@ -26,7 +26,9 @@ from torch import Tensor
 
 from grpo import micro_batches, token_logprobs
 from heads import record, split_heads
+from lab import sinks
 from metrics import streamed_fai, streamed_spans, streamed_waad
+from node import precision
 from rollout import Rollout, pad_batch
 
 H_LO = 10
@@ -47,29 +49,42 @@ class PerHead(NamedTuple):
     """The signals of every head by itself, so that any group's are a mean over heads."""
 
     waad: Tensor  # [heads,B,N]
-    fai: Tensor  # [heads,B,N], to the end of the response
+    fai: Tensor  # [heads,B,N]
     spans: Tensor  # [heads]
     entropy: Tensor  # [B,N]
     mask: Tensor  # [B,N]
+    first: Tensor  # [heads], the share of a response row's attention that lies on the first token
 
 
-def per_head(model, input_ids: Tensor, mask: Tensor, layers: list[int], tokens: int = 2048) -> PerHead:
-    """WAAD, FAI to the end of the response, and span of every head of the layers; passes of about `tokens` tokens."""
+def per_head(
+    model, input_ids: Tensor, mask: Tensor, layers: list[int], tokens: int = 2048,
+    horizon: tuple[int, int | None] = (H_LO, None), drop_first: bool = False,
+) -> PerHead:  # fmt: skip
+    """WAAD, FAI (to the end of the response), and span of every head of the layers; passes of about `tokens` tokens.
+
+    drop_first: without the first token's column, rows renormalised (lab/sinks.py).
+    """
     every_head = torch.ones(model.config.get_text_config().num_attention_heads, dtype=torch.bool, device=mask.device)
     waad, fai = torch.zeros(2, len(layers) * len(every_head), *mask.shape)
-    entropy, spans = torch.zeros(mask.shape), torch.zeros(len(waad))
+    entropy, (spans, first) = torch.zeros(mask.shape), torch.zeros(2, len(waad))
+    passes = precision.passes(precision.choose("auto", model.config), mask.device)
     for index, n in micro_batches(mask, torch.arange(len(mask), device=mask.device), tokens):
         part = mask[index, :n]
-        with torch.no_grad(), record(model, layers) as recorded:
+        with torch.no_grad(), record(model, layers) as recorded, passes:
             uncertainty = token_logprobs(model, input_ids[index, :n], part, entropy=True)[1]
         index = index.cpu()
         entropy[index, :n] = uncertainty.cpu()
-        heads = [(recorded[layer], every_head) for layer in layers]
-        waad[:, index, :n] = streamed_waad(heads, part).transpose(0, 1).cpu()
-        fai[:, index, :n] = streamed_fai(heads, part, (H_LO, None)).transpose(0, 1).cpu()
         share = part.sum() / mask.sum()
-        spans += torch.cat([share * streamed_spans(recorded[layer], part) for layer in layers]).cpu()
-    return PerHead(waad, fai, spans, entropy, mask.cpu())
+        left = [(sinks.on_first(recorded[layer]) * part[:, None]).sum((0, 2)) / mask.sum() for layer in layers]
+        first += torch.cat(left).cpu()
+        looks, cut = [recorded[layer] for layer in layers], int(drop_first)
+        if drop_first:
+            looks, part = [sinks.without_first(layer) for layer in looks], part[:, 1:]
+        heads = [(layer, every_head) for layer in looks]
+        waad[:, index, cut:n] = streamed_waad(heads, part).transpose(0, 1).cpu()
+        fai[:, index, cut:n] = streamed_fai(heads, part, horizon).transpose(0, 1).cpu()
+        spans += torch.cat([share * streamed_spans(layer, part) for layer in looks]).cpu()
+    return PerHead(waad, fai, spans, entropy, mask.cpu(), first)
 
 
 def receiver_heads(looks: PerHead, size: int, among: Tensor | None = None) -> Tensor:

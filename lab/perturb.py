@@ -23,6 +23,7 @@ from torch import Tensor
 import tasks
 from grpo import micro_batches
 from lab.linkage import Response
+from node import precision
 from rollout import Rollout
 
 STOP_WORDS = frozenset(
@@ -98,7 +99,8 @@ def alternatives(model, input_ids: Tensor, mask: Tensor, places: list[Place], k:
     found, first = {}, mask.int().argmax(1)
     by_row = {i: [t for j, t in places if j == i] for i, _ in places}
     for index, n in micro_batches(mask, torch.tensor(sorted(by_row), device=mask.device), 2048):
-        states = model.get_decoder()(input_ids=input_ids[index, :n]).last_hidden_state
+        with precision.passes(precision.choose("auto", model.config), mask.device):
+            states = model.get_decoder()(input_ids=input_ids[index, :n]).last_hidden_state.float()
         for b, i in enumerate(index.tolist()):
             at = first[i] + torch.tensor(by_row[i], device=mask.device)
             logits = model.get_output_embeddings()(states[b, at - 1]).float()  # the row before produced the token

@@ -55,11 +55,20 @@ def tables(found: dict) -> dict[str, list[list[str]]]:
     for pair, at in found["offsets"].items():
         shifts.append([pair.replace("->", "→"), *(interval(x["lift"], True) for x in at.values())])
 
-    kept = [["Table 1", *found["table 1"], "the paper"]]
-    for name in next(iter(found["table 1"].values())):
-        cells = [column.get(name) for column in found["table 1"].values()]
+    table_1 = found.get("table 1", {})
+    kept = [["Table 1", *table_1, "the paper"]]
+    for name in next(iter(table_1.values()), ()):
+        cells = [column.get(name) for column in table_1.values()]
         text = [interval(c) if isinstance(c, list) else "" if c is None else f"{c:.4g}" for c in cells]
         kept.append([name, *text, str(PAPER_KEPT.get(name, ""))])
+
+    parked = found["first token"]
+    sink = [["mean over", "span", "span, the other way", "left on the first token", "overlap of the groups"]]
+    for name in ("local heads", "global heads", "all heads"):
+        overlap = parked.get(f"{name}, overlap")
+        span, other, share = parked[name]
+        text = "" if overlap is None else f"{overlap:.2f}"
+        sink.append([name, f"{span:.1f}", f"{other:.1f}", f"{100 * share:.0f} %", text])
 
     shares = [["share that are separators", ""]]
     shares += [[name, f"{100 * x:.1f} %"] for name, x in found["separators"].items()]
@@ -70,7 +79,8 @@ def tables(found: dict) -> dict[str, list[list[str]]]:
         ),
         "The same lifts by layers and by head split": columns("lift", found["by layers and split"]),
         "Offsets: lifts of one series' peaks around another's": shifts,
-        "Perturbation: what is kept after another token is forced": kept,
+        **({"Perturbation: what is kept after another token is forced": kept} if table_1 else {}),
+        f"The first token: span and share correlate by {parked['correlation']:.2f} over heads": sink,
         "Separators": shares,
     }
 
