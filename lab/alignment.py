@@ -57,11 +57,21 @@ import train
 from grpo import check_head, group_advantages, micro_batches, shape_advantages, token_logprobs
 from lab import experiment, truth
 from lab.report import visible
-from lab.truth_tables import signals_of
+from lab.truth_tables import signals_of, without_first
+from metrics import Signals
+from node import precision
 from node.output import markdown
-from rollout import EMBEDDED, load_model, pad_batch, start_actor
+from rollout import EMBEDDED, fill_defaults, load_model, pad_batch, start_actor
 
 ORACLES = {"oracle": 0.4, "oracle, q 0.1": 0.1}  # and the share of tokens that each credits
+FIRST_OUT = {f"{arm}, first token out": arm for arm in ("local", "global", "coupled")}  # arms without lab/sinks.py's
+SLICE = 2**22  # weights that are looked at together
+LARGE = 10**7  # weights of a model whose gradients are kept in bfloat16: 20 of 135 million take 5 GiB
+DEFAULTS = {  # of arguments that are not given: for the embedded model and what is trained from it; for any other model
+    "task": ("countdown-tiny", "countdown-words"),
+    "max_tokens": (128, 256),
+    "kv_cache_gib": (0.5, 8.0),
+}
 KINDS = 10  # tokens shown by themselves
 
 
@@ -70,17 +80,21 @@ class Args:
     """Compare the arms' gradients with that of expected success."""
 
     model: str = HfArg(default=EMBEDDED, help="Folder or hub name of a transformers checkpoint.")
-    task: str = HfArg(default="countdown-tiny", help=f"One of: {', '.join(tasks.TASKS)}.")
+    task: str | None = HfArg(
+        default=None,
+        help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the embedded model, countdown-words).",
+    )
     arms: list[str] = HfArg(
         default_factory=lambda: [*experiment.MAIN, *experiment.ABLATIONS],
-        help="As of lab.experiment; uniform is added.",
+        help=f"As of lab.experiment, or of: {'; '.join(FIRST_OUT)}; uniform is added.",
     )
     truth: str | None = HfArg(default=None, help="Folder of lab.truth: the arms' responses, and three arms more.")
     problems: int = HfArg(default=512, help="Training problems; half of them for grad J, all of them with --truth.")
     gamma_amp: float = HfArg(default=1.5, help="Of all arms.")
     group: int = HfArg(default=8, help="G, responses to each problem.")
     minibatch: int = HfArg(default=8, help="Problems in a minibatch.")
-    max_tokens: int = HfArg(default=128, help="Longest response.")
+    max_tokens: int | None = HfArg(default=None, help="Longest response (default: 128 for the embedded model, 256).")
+    kv_cache_gib: float | None = HfArg(default=None, help="vLLM's cache (default: 0.5 for the embedded model, 8).")
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
     seed: int = HfArg(default=0, help="Seed of problems and sampling.")
     out: str = HfArg(default="alignment.md", help="File for the table.")
@@ -89,11 +103,17 @@ class Args:
 def gradient(model, input_ids: Tensor, mask: Tensor, weights: Tensor, rows: Tensor, tokens: int = 2048) -> Tensor:
     """The gradient of sum of weights * log pi over the tokens of the rows, all weights of the model in a line."""
     for index, n in micro_batches(mask, rows[weights[rows].any(1)], tokens):
-        logprobs, _ = token_logprobs(model, input_ids[index, :n], mask[index, :n])
-        (logprobs * weights[index, :n]).sum().backward()
+        with precision.passes(precision.choose("auto", model.config), mask.device):
+            logprobs, _ = token_logprobs(model, input_ids[index, :n], mask[index, :n])
+            (logprobs * weights[index, :n]).sum().backward()
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
     model.zero_grad()
     return flat
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """The inner products of rows of a and of b, [rows of a, rows of b] float32, a slice of the weights at a time."""
+    return sum(x.float() @ y.float().T for x, y in zip(a.split(SLICE, 1), b.split(SLICE, 1)))
 
 
 def speeds(gradients: Tensor, target: Tensor, draws: Tensor) -> np.ndarray:
@@ -101,12 +121,15 @@ def speeds(gradients: Tensor, target: Tensor, draws: Tensor) -> np.ndarray:
 
     gradients [M,weights], target [weights], draws [draws,M], each row summing to 1.
     """
-    with_rms = gradients / gradients.square().mean(0).sqrt().clamp(min=1e-12)
-    each, preconditioned = (
-        torch.nn.functional.cosine_similarity(x, target[None], dim=1, eps=1e-20) for x in (gradients, with_rms)
-    )
-    size = torch.einsum("dm,mn,dn->d", draws, gradients @ gradients.T, draws).sqrt() * target.norm()
-    return torch.stack([draws @ each, draws @ (gradients @ target) / size, draws @ preconditioned], 1).cpu().numpy()
+    gram, along, length = inner(gradients, gradients), inner(gradients, target[None])[:, 0], target.norm()
+    each = along / (gram.diagonal().sqrt() * length).clamp(min=1e-20)
+    squares, dots = torch.zeros(2, len(gradients), device=target.device)
+    for x, t in zip(gradients.split(SLICE, 1), target.split(SLICE)):
+        x = x.float() / x.float().square().mean(0).sqrt().clamp(min=1e-12)
+        squares, dots = squares + x.square().sum(1), dots + x @ t
+    preconditioned = dots / (squares.sqrt() * length).clamp(min=1e-20)
+    size = torch.einsum("dm,mn,dn->d", draws, gram, draws).sqrt() * length
+    return torch.stack([draws @ each, draws @ along / size, draws @ preconditioned], 1).cpu().numpy()
 
 
 def shares(credited: Tensor, uniform: Tensor, target: Tensor, draws: Tensor) -> np.ndarray:
@@ -114,32 +137,36 @@ def shares(credited: Tensor, uniform: Tensor, target: Tensor, draws: Tensor) -> 
 
     credited and uniform [M,weights]: the minibatches' gradients from the credited tokens and from all of them.
     """
-    signal = (draws @ (credited @ target)) / (draws @ (uniform @ target))
+    signal = (draws @ inner(credited, target[None])) / (draws @ inner(uniform, target[None]))
 
-    def covariance(x: Tensor, y: Tensor) -> Tensor:
-        return draws @ (x * y).sum(1) - torch.einsum("dm,mn,dn->d", draws, x @ y.T, draws)
+    def covariance(gram: Tensor) -> Tensor:
+        return draws @ gram.diagonal() - torch.einsum("dm,mn,dn->d", draws, gram, draws)
 
-    return torch.stack([signal, covariance(credited, uniform) / covariance(uniform, uniform)], 1).cpu().numpy()
+    noise = covariance(inner(credited, uniform)) / covariance(inner(uniform, uniform))
+    return torch.stack([signal[:, 0], noise], 1).cpu().numpy()
 
 
-def gamma_of(name: str, args: Args, signals: list, mask: Tensor, values: truth.Values | None) -> tuple[Tensor, str]:
+def gamma_of(
+    name: str, args: Args, signals: dict[str, Signals], mask: Tensor, values: truth.Values | None
+) -> tuple[Tensor, str]:
     """An arm's gamma [B,N] and the advantages it applies to; an oracle takes the tokens of truly largest |dV|."""
     if name in ORACLES:
         delta = values.delta[0].abs().to(mask.device)
         return 1 + (args.gamma_amp - 1) * credit.top_q(delta, mask, ORACLES[name]), "both"
-    flags = [*experiment.ARMS[name], f"--gamma_amp={args.gamma_amp}"]
+    flags = [*experiment.ARMS[FIRST_OUT.get(name, name)], f"--gamma_amp={args.gamma_amp}"]
     (arm,) = HfArgumentParser(train.Args).parse_args_into_dataclasses(flags)
+    seen = signals["first token out" if name in FIRST_OUT else "all heads" if arm.all_heads else ""]
     gamma = credit.assign_credit(
-        arm.credit, signals[arm.all_heads], mask, arm.q, arm.gamma_amp, arm.alpha, arm.k, arm.lowest,
-        arm.on_produced, torch.Generator().manual_seed(args.seed),
+        arm.credit, seen, mask, arm.q, arm.gamma_amp, arm.alpha, arm.k, arm.lowest, arm.on_produced,
+        torch.Generator().manual_seed(args.seed),
     )  # fmt: skip
     return gamma, arm.sign
 
 
 def checked(args: Args) -> truth.Measured | None:
     """The measurement of --truth, if any; ValueError for arguments that cannot be."""
-    if unknown := set(args.arms) - {*experiment.MAIN, *experiment.ABLATIONS, *experiment.TRIED}:
-        raise ValueError(f"--arms {', '.join(sorted(unknown))}: not of {'; '.join(experiment.ARMS)}")
+    if unknown := set(args.arms) - {*experiment.MAIN, *experiment.ABLATIONS, *experiment.TRIED, *FIRST_OUT}:
+        raise ValueError(f"--arms {', '.join(sorted(unknown))}: not of {'; '.join([*experiment.ARMS, *FIRST_OUT])}")
     if args.group < 2 or args.minibatch < 1:
         raise ValueError(f"--group {args.group} --minibatch {args.minibatch}: two responses and one problem at least")
     if not Path(args.out).absolute().parent.is_dir():
@@ -164,12 +191,14 @@ def checked(args: Args) -> truth.Measured | None:
 
 def main(args: Args) -> None:
     try:
+        args, note = fill_defaults(args, DEFAULTS, args.model)
+        print(note)
         found = checked(args)
         model, tokenizer = load_model(args.model)
         check_head(model)
         problems = tasks.load(args.task, "train", args.problems, seed=args.seed + bool(found))  # others than --truth's
         set_seed(args.seed)  # torch's sampler draws from the global generator; vLLM sets its own
-        actor = start_actor(args.engine, args.model, 512, args.seed, model=model, tokenizer=tokenizer)
+        actor = start_actor(args.engine, args.model, 512, args.seed, args.kv_cache_gib, model, tokenizer)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     rollouts = actor.generate([p.prompt for p in problems], args.group, args.max_tokens, progress=True)
@@ -187,7 +216,9 @@ def main(args: Args) -> None:
     else:
         rollouts, rewards = rollouts[first:], rewards[first // args.group :]
     input_ids, mask, _ = (x.to(device) for x in pad_batch(rollouts))  # [B,N]
-    signals = [signals_of(model, input_ids, mask, all_heads=x) for x in (False, True)]
+    signals = {name: signals_of(model, input_ids, mask, all_heads=bool(name)) for name in ("", "all heads")}
+    if set(args.arms) & FIRST_OUT.keys():
+        signals["first token out"] = without_first(signals[""], model, input_ids, mask)
     advantages = group_advantages(rewards).flatten().to(device)
     per_token = mask / mask.sum(1, keepdim=True).clamp(min=1)
     minibatches = torch.arange(len(mask), device=device).split(args.minibatch * args.group)
@@ -196,7 +227,11 @@ def main(args: Args) -> None:
     draws = torch.tensor(np.vstack([share, resampled])).float().to(device)  # [1 + resamples, M]: first as it is
 
     def gradients(weights: Tensor) -> Tensor:
-        return torch.stack([gradient(model, input_ids, mask, weights * per_token, part) for part in minibatches])
+        kept = torch.bfloat16 if len(target) > LARGE else torch.float32
+        found = torch.empty(len(minibatches), len(target), dtype=kept, device=device)
+        for row, part in zip(found, minibatches):
+            row.copy_(gradient(model, input_ids, mask, weights * per_token, part))
+        return found
 
     def cell(values: np.ndarray, form: str) -> str:
         value, low, high = (format(x, form) for x in (values[0], *np.quantile(values[1:], [0.025, 0.975])))
@@ -226,19 +261,20 @@ def main(args: Args) -> None:
         arm = gradients(weights)
         gain = 100 * (speeds(arm, target, draws) / base - 1)  # [draws,3]
         cells = [cell(x, "+.1f") for x in gain.T]
-        cells.append(f"{torch.nn.functional.cosine_similarity(arm.mean(0), uniform.mean(0), dim=0):.3f}")
+        lengths = inner(arm, arm).sum() * inner(uniform, uniform).sum()
+        cells.append(f"{inner(arm, uniform).sum() / lengths.sqrt():.3f}")
         if gamma is None:
             cells += [""] * 4
         else:
             held = shares((arm - uniform) / (args.gamma_amp - 1), uniform, target, draws)
             cells += [cell(100 * x, ".0f") for x in held.T]
-            entropy = signals[0].entropy[mask]
+            entropy = signals[""].entropy[mask]
             mean, choices = gamma[mask].mean(), (gamma[mask] * entropy).sum() / entropy.sum()
             cells += [f"{mean:.2f}", f"{choices / mean:.2f}"]
         table.append([name, *cells])
     text = markdown(table)
     if found:
-        square, entropy = found.values.square[0].to(device), signals[0].entropy
+        square, entropy = found.values.square[0].to(device), signals[""].entropy
         kinds = torch.zeros(len(tokenizer), device=device).index_add(0, input_ids[mask], entropy[mask]).topk(KINDS)
         rest = ~torch.isin(input_ids, kinds.indices) & mask
         rows = [["token", "of all tokens, %", "of entropy", "of ΔV²", "signal", "noise"]]

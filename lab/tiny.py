@@ -35,6 +35,7 @@ from tasks.countdown import random_expression, split_of
 CHARACTERS = "0123456789+-*/()=,>yn \n"
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 MAX_TRIES = 7
+SAVE_EVERY = 64  # steps between states of a warm start that can be stopped; whole blocks of 16
 
 
 @dataclass
@@ -164,7 +165,7 @@ def learn(
             part.load_state_dict(state)
     bar = tqdm(range(first, steps), desc="warm start", initial=first, total=steps)
     for step in bar:
-        if saved and step % 64 == 0 and step > first:
+        if saved and step % SAVE_EVERY == 0 and step > first:
             torch.save((step, rng.getstate(), [part.state_dict() for part in parts]), f"{saved}.new")
             Path(f"{saved}.new").replace(saved)
         if step % 16 == 0:  # sixteen batches at a time, sorted by length: little padding

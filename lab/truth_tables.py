@@ -25,8 +25,11 @@ from transformers import AutoModelForCausalLM
 
 import credit
 import train
+from heads import middle_layers, split_heads
+from lab import linkage
 from lab import report as pictures
 from metrics import Signals
+from node import precision
 from node.output import markdown
 from rollout import pad_batch
 
@@ -42,8 +45,18 @@ PAGES = 6  # responses on the page
 def signals_of(model, input_ids: Tensor, mask: Tensor, **how) -> Signals:
     """What one scoring pass says, by train.py's own functions; `how` are arguments of train.py."""
     args, rows = train.Args(**how), torch.arange(len(mask), device=mask.device)
-    heads = train.measure_heads(args, model, input_ids, mask, rows[: train.SPAN_ROWS])
-    return train.score(args, model, input_ids, mask, rows, heads)
+    with precision.passes(precision.choose("auto", model.config), mask.device):
+        heads = train.measure_heads(args, model, input_ids, mask, rows[: train.SPAN_ROWS])
+        return train.score(args, model, input_ids, mask, rows, heads)
+
+
+def without_first(signals: Signals, model, input_ids: Tensor, mask: Tensor) -> Signals:
+    """The same, with WAAD, FAI and head split from attention without the first token's column (lab/sinks.py)."""
+    args, layers = train.Args(), middle_layers(model.config.get_text_config().num_hidden_layers)
+    looks = linkage.per_head(model, input_ids, mask, layers, horizon=tuple(args.horizon), drop_first=True)
+    is_local, is_global = split_heads(looks.spans, args.head_quantile)
+    waad, fai = looks.waad[is_local].mean(0), looks.fai[is_global].mean(0)
+    return signals._replace(waad=waad.to(mask.device), fai=fai.to(mask.device))
 
 
 def on_cpu(signals: Signals) -> Signals:
@@ -257,15 +270,17 @@ def tables(found, model, signals: Signals, input_ids: Tensor, mask: Tensor) -> d
     ]  # fmt: skip
     torch.manual_seed(0)
     untrained = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).to(model.device).eval()
+    first_out = on_cpu(without_first(signals, model, input_ids, mask.to(model.device)))
     ways = {
         **{f"{where} layers": (model, {"layers": where}) for where in ("bottom", "middle", "top")},
         **{f"split {q:.0%}": (model, {"head_quantile": q}) for q in (0.2, 0.4, 0.5)},
         "all heads": (model, {"all_heads": True}),
+        "first token's column out": (None, {}),
         "random weights": (untrained, {}),
     }
     kinds, rows = ("FAI", "change of WAAD", "WAAD", "coupled"), []
     for way, (whose, how) in ways.items():
-        other = on_cpu(signals_of(whose, input_ids, mask.to(model.device), **how))
+        other = on_cpu(signals_of(whose, input_ids, mask.to(model.device), **how)) if whose else first_out
         cells = [held(chosen(k, other, mask, SHARES[-1]), square, mask, bootstrap) for k in kinds]
         cells += [held(credit.top_q(scores(other, mask)[k], choice, SHARES[-1]).float(), square, choice, bootstrap)
                   for k in kinds[:2]]  # fmt: skip

@@ -1,11 +1,18 @@
 """The package's model: what is missing is named; what is another model is not taken for it; and it is the one known."""
 
 import importlib.metadata
+import random
+import re
 
 import pytest
+import torch
+from transformers import Qwen3ForCausalLM
 
-from lab import smollm
+import rollout
+import tasks
+from lab import smollm, tiny
 from rollout import load_model
+from tasks import countdown
 
 
 def installed(name: str) -> bool:
@@ -36,3 +43,55 @@ def test_the_checkpoint_is_a_model_like_any_other(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(smollm, "ANSWER", "Lyon.")
     with pytest.raises(ValueError, match="Paris"):
         smollm.check(model, tokenizer)
+
+
+def test_traces_in_words_are_honest_and_varied():
+    rng, said = random.Random(0), set()
+    for _ in range(300):
+        prompt, text = smollm.trace(rng)
+        numbers, target = (int(x) for x in re.findall(r"\d+", prompt)[:3]), int(re.findall(r"\d+", prompt)[-1])
+        problem = tasks.Problem(prompt, smollm.TASK, tuple(numbers), target)
+        assert countdown.split_of(problem.numbers, problem.target) == "train"
+        assert ("!" in text) == (tasks.reward(problem, text) == 1.0)
+        assert text.split("</think>")[0].count("\n") < tiny.MAX_TRIES
+        said |= {line.split(" ")[0] for line in text.splitlines()}
+    assert said >= {opener.split(" ")[0] for opener in smollm.OPENERS}
+
+
+def test_skills_in_words_are_counted():
+    problem = tasks.Problem("", smollm.TASK, (7, 3, 5), 38)
+    text = (
+        "Try 7 - 3 = 4, then 5 * 4 = 21? That is not 38.\nMaybe 7 * 5 = 35, so 35 + 3 = 38. No, not 38."
+        "</think><answer>(7*5)+3</answer>"
+    )
+    actor = type("Actor", (), {"generate": lambda self, prompts, **how: [[rollout.Rollout([], [], [], text, False)]]})()
+    assert tiny.skills(actor, [problem], yes="!") == {"success": 1.0, "arithmetic": 0.75, "judgement": 0.5}
+
+
+def test_a_warm_start_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    """It is saved before every block of traces; equal to one that was not stopped."""
+    monkeypatch.setattr(tiny, "SAVE_EVERY", 16)
+    tok, saved = tiny.tokenizer(), tmp_path / "state.pt"
+    config = tiny.config()
+    config.num_hidden_layers, config.layer_types = 1, config.layer_types[:1]
+
+    def learn(saved, stop_at=None):
+        torch.manual_seed(0)
+        model, rng, drawn = Qwen3ForCausalLM(config), random.Random(0), []
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 40)
+
+        def trace():
+            drawn.append(1)
+            if len(drawn) == stop_at:
+                raise KeyboardInterrupt
+            return tiny.trace(rng)
+
+        tiny.learn(model, tok, trace, rng, [optimizer], [schedule], 40, 2, 70, saved=saved)
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), len(drawn)
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(saved, stop_at=70)  # a block is 16 steps of 2 traces: within the third
+    weights, drawn = learn(saved)
+    whole, all_drawn = learn(None)
+    assert torch.equal(weights, whole) and drawn == 32 < all_drawn == 96

@@ -1,0 +1,82 @@
+"""Attention without its first token against full maps with the column taken out; family puzzles."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+import heads
+import metrics
+from lab import families, linkage, sinks
+from rollout import load_model
+from tests.lab.test_alignment import batch
+
+
+def layer(window=None):
+    """A layer of 4 heads (2 key heads), two of which leave nearly all on the first token; and its maps without it."""
+    torch.manual_seed(0)
+    q, k = 2 * torch.randn(2, 4, 60, 16), 2 * torch.randn(2, 2, 60, 16)
+    k[:, 1, :, 0] = 0.0
+    q[:, 2:, :, 0], k[:, 1, 0, 0] = 16.0, 4.0
+    visible = None
+    if window:
+        back = torch.arange(60)[:, None] - torch.arange(60)
+        visible = ((back >= 0) & (back < window))[None, None]
+    found = heads.Recorded(q, k, 0.25, heads.fused_attention(q, k, k, 0.25, visible)[1], visible)
+    scores = (q @ k.repeat_interleave(2, 1).mT * 0.25).double()
+    seen = torch.ones(60, 60, dtype=torch.bool).tril() if visible is None else visible
+    without = scores.masked_fill(~seen, -torch.inf)[:, :, 1:, 1:].softmax(-1).float()
+    return found, heads.attention_maps(found), without
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_without_the_first_token_rows_are_the_others_renormalised(window):
+    found, maps, want = layer(window)
+    share = sinks.on_first(found)
+    torch.testing.assert_close(share, maps[..., 0], rtol=1e-4, atol=1e-6)
+    assert window or share[:, 2:, 1:].mean() > 0.9 > 0.3 > share[:, :2, 1:].mean()
+    other = sinks.without_first(found)
+    torch.testing.assert_close(heads.attention_maps(other), want, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        other.lse[:, :2], found.lse[:, :2, 1:] + torch.log1p(-share[:, :2, 1:]), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_signals_without_it_are_those_of_such_maps():
+    model, _ = load_model("assets/tiny")
+    input_ids, mask, _ = batch(rows=4, n=60)
+    layers = [4, 6]
+    looks = linkage.per_head(model, input_ids, mask, layers, horizon=(5, 20), drop_first=True)
+    with torch.no_grad(), heads.record(model, layers) as recorded:
+        model(input_ids)
+    maps = torch.cat([heads.attention_maps(recorded[i]) for i in layers], 1)  # [B,8,N,N]
+    without = torch.zeros_like(maps)
+    without[:, :, 1:, 1:] = maps[:, :, 1:, 1:] / (1 - maps[:, :, 1:, :1])
+    waad, fai = (
+        torch.stack([f(without[:, h], mask, *how) for h in range(8)])
+        for f, how in ((metrics.waad, ()), (metrics.fai, ((5, 20),)))
+    )
+    torch.testing.assert_close(looks.waad, waad, rtol=0, atol=1e-3)
+    torch.testing.assert_close(looks.fai, fai, rtol=0, atol=1e-4)
+    torch.testing.assert_close(looks.spans, heads.head_spans(without, mask), rtol=1e-3, atol=1e-3)
+    first = (maps[..., 0] * mask[:, None]).sum((0, 2)) / mask.sum()
+    torch.testing.assert_close(looks.first, first, rtol=1e-3, atol=1e-5)
+    found = sinks.table(linkage.per_head(model, input_ids, mask, layers).spans, looks.spans, looks.first)
+    assert found["all heads"][2] == pytest.approx(first.mean().item(), rel=1e-3)
+    assert 0 <= found["local heads, overlap"] <= 1 and -1 <= found["correlation"] <= 1
+
+
+def test_family_puzzles_are_problems_of_a_task(tmp_path, capsys):
+    out = tmp_path / "families.jsonl"
+    if importlib.util.find_spec("reasoning_gym") is None:
+        with pytest.raises(SystemExit, match=r"error: .*pip install reasoning-gym"):
+            families.main(families.Args(out=str(out)))
+        return
+    families.main(families.Args(out=str(out), problems=12))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 12 and all(r["answer"] in r["choices"] and len(set(r["choices"])) == 5 for r in rows)
+    from tasks import load, reward
+
+    problem = load("zebralogic", "test", 3, data=str(out))[0]
+    assert reward(problem, rf"So it is \boxed{{{problem.target}}}.") == 1.0
