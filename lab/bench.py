@@ -3,6 +3,7 @@
     python -m lab.bench                                                a scoring pass of Qwen3-0.6B's shape
     python -m lab.bench --table layer --lengths 4096 16384 32768       one layer of that shape, against full maps
     python -m lab.bench --table step --repeats 20                      a training step: TRL's, with credit, and ours
+    python -m lab.bench --table step --model runs/smollm-words --task countdown-words --prompts 12 --minibatches 2
 
 Weights are random: time and memory do not depend on them. On a GPU it runs in bfloat16, on CPUs in float32.
 """
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,14 +28,16 @@ import tasks
 import train
 from grpo import token_logprobs
 from heads import Recorded, fused_attention, middle_layers
+from node import precision
 from node.check import signals_timed
 from node.output import markdown
 from node.run import Clock
-from rollout import EMBEDDED, fill_defaults, load_model, start_actor
+from rollout import EMBEDDED, fill_defaults, load_config, load_model, start_actor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 SCALE = 128**-0.5
+TRL_TOKENS = 8192  # in one of TRL's passes at most: it makes all logits of a pass at once
 
 
 @dataclass
@@ -42,10 +45,15 @@ class Args:
     """Measure what WAAD and FAI cost."""
 
     table: Literal["pass", "layer", "step"] = HfArg(
-        default="pass", help="A scoring pass, one layer's attention, or a training step of the embedded model."
+        default="pass", help="A scoring pass, one layer's attention, or a training step."
     )
     lengths: list[int] = HfArg(default_factory=lambda: [1024, 4096], help="Tokens in the sequence.")
     repeats: int = HfArg(default=3, help="Turns; the table shows medians.")
+    model: str = HfArg(default=EMBEDDED, help="For the step: folder or hub name of a transformers checkpoint.")
+    task: str | None = HfArg(default=None, help="For the step: its problems (default: as train.py).")
+    prompts: int | None = HfArg(default=None, help="For the step: problems in a batch (default: as train.py).")
+    minibatches: int | None = HfArg(default=None, help="For the step: updates from a batch (default: as train.py).")
+    max_tokens: int | None = HfArg(default=None, help="For the step: longest response (default: as train.py).")
     maps_to: int = HfArg(default=4096, help="Longest sequence for which maps are made.")
 
 
@@ -184,20 +192,22 @@ def one_layer(args: Args) -> None:
 
 
 def whole_step(args: Args) -> None:
-    """Training steps of the embedded model, in turns: TRL's GRPOTrainer, the same with coupled credit, and ours.
+    """Training steps, in turns: TRL's GRPOTrainer, the same with coupled credit, and ours.
 
-    The same problems, 256 rollouts of up to 128 tokens, four updates, float32, and a learning rate so small that TRL's
-    two turns sample the same rollouts, or nearly. TRL generates with transformers: its vLLM mode wants a GPU. One
+    The same problems and settings, the same precision, and a learning rate so small that TRL's two turns sample the
+    same rollouts, or nearly. TRL generates with transformers: its vLLM mode wants a GPU. One
     trainer takes both of TRL's turns, because with uniform credit it is TRL's to the bit.
     """
     from datasets import Dataset
 
     from examples.trl_rhythm import GRPOConfig, RhythmGRPOTrainer
 
-    ours, _ = fill_defaults(train.Args(lr=1e-6), train.DEFAULTS, EMBEDDED)
+    given = {name: getattr(args, name) for name in ("model", "task", "prompts", "minibatches", "max_tokens")}
+    ours, _ = fill_defaults(train.Args(lr=1e-6, **given), train.DEFAULTS, args.model)
+    ours = replace(ours, dtype=precision.choose("auto", load_config(args.model)))
     problems = tasks.load(ours.task, "train")
     model, tokenizer = load_model(ours.model)
-    actor = start_actor("vllm", ours.model, ours.max_model_len, 0)
+    actor = start_actor("vllm", ours.model, ours.max_model_len, 0, ours.kv_cache_gib, dtype=ours.dtype)
     optimizer = torch.optim.AdamW(model.parameters(), ours.lr, weight_decay=0.0, fused=True)
     generator, heads = torch.Generator().manual_seed(0), None
     by_prompt = {p.prompt: p for p in problems}
@@ -259,13 +269,17 @@ def whole_step(args: Args) -> None:
             turns.append({})
             bar.update()
 
+    size = ours.prompts * ours.group // ours.minibatches
+    parts = next(n for n in range(1, size + 1) if size % n == 0 and size * ours.max_tokens <= n * TRL_TOKENS)
     batches = [problems[i * ours.prompts :][: ours.prompts] for i in range(args.repeats + 1) for _ in names]
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), use_cpu=DEVICE == "cpu", bf16=False, report_to="none", disable_tqdm=True,
-        save_strategy="no", logging_strategy="no", gradient_checkpointing=False, shuffle_dataset=False,
+        output_dir=tempfile.mkdtemp(), use_cpu=DEVICE == "cpu", bf16=ours.dtype == "bfloat16", report_to="none",
+        disable_tqdm=True, save_strategy="no", logging_strategy="no", gradient_checkpointing=False,
+        shuffle_dataset=False,
         max_steps=len(batches) * ours.minibatches,
-        per_device_train_batch_size=ours.prompts * ours.group // ours.minibatches,
-        steps_per_generation=ours.minibatches, num_generations=ours.group, max_completion_length=ours.max_tokens,
+        per_device_train_batch_size=size // parts, gradient_accumulation_steps=parts,
+        steps_per_generation=ours.minibatches * parts, num_generations=ours.group,
+        max_completion_length=ours.max_tokens,
         learning_rate=ours.lr, beta=0.0, loss_type="grpo", epsilon=ours.epsilon, temperature=1.0,
         optim="adamw_torch_fused",
     )  # fmt: skip
@@ -284,7 +298,7 @@ def whole_step(args: Args) -> None:
         trainer.train()
     actor.close()
     turns, added, phases = turns[1:-1], added[1:], phases[1:]  # the first turn warms up, the last has not begun
-    rows = [["256 rollouts", "s", "of TRL's time", "lowest and highest turn"]]
+    rows = [[f"{ours.prompts * ours.group} rollouts", "s", "of TRL's time", "lowest and highest turn"]]
     for name in turns[0]:
         seconds, ratios = ([t[name] / (t["TRL"] if ratio else 1) for t in turns] for ratio in (False, True))
         middle = statistics.median(ratios)

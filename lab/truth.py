@@ -11,7 +11,7 @@ for better or worse, and that is where credit belongs.
 
 An estimate's square is too large by its variance, so dV^2 is (estimated dV)^2 less both estimates' p(1 - p)/(K - 1):
 without bias, and negative now and then. V at the end is the verdict itself. V_t is a mean of V_{t+1} over the next
-token, so a token of probability p is worth 1 - p at most: neighbours that differ by less than SURE in all share one
+token, so a token of probability p is worth 1 - p at most: neighbours that differ by less than --sure in all share one
 estimate, and dV between them counts as 0. Equal beginnings of a group's responses share theirs as well. The
 continuations come in two halves, so that what is chosen by the one can be measured by the other.
 """
@@ -42,7 +42,7 @@ from rollout import EMBEDDED, Rollout, check_length, fill_defaults, load_model, 
 SURE = 1e-3
 CALL = 4096  # continuations in a call, about
 DEFAULTS = {  # of arguments that are not given: for the embedded model and what is trained from it; for any other model
-    "task": ("countdown-tiny", "gsm8k"),
+    "task": ("countdown-tiny", "countdown-words"),
     "max_tokens": (128, 256),
     "kv_cache_gib": (0.5, 8.0),
 }
@@ -55,13 +55,14 @@ class Args:
     model: str = HfArg(default=EMBEDDED, help="Folder or hub name of a transformers checkpoint.")
     task: str | None = HfArg(
         default=None,
-        help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the embedded model, gsm8k for any other).",
+        help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the embedded model, countdown-words).",
     )
     data: str | None = HfArg(default=None, help="Local JSON, JSONL or parquet file in place of the task's dataset.")
     split: Literal["train", "test"] = HfArg(default="train", help="Of the task's problems.")
     responses: int = HfArg(default=256, help="Responses whose tokens are valued, --group to a problem.")
     group: int = HfArg(default=8, help="G, responses to each problem.")
     continuations: int = HfArg(default=24, help="K, of each beginning of a response; even.")
+    sure: float = HfArg(default=SURE, help="Neighbours that can differ by no more than this share one estimate of V.")
     max_tokens: int | None = HfArg(
         default=None, help="Longest response (default: 128 for the embedded model, 256 for any other)."
     )
@@ -74,8 +75,8 @@ class Args:
     resume: str | None = HfArg(default=None, help="Folder that a stopped measurement goes on in; given alone.")
 
 
-def stands_for(logprobs: list[float]) -> list[int]:
-    """For the beginnings of 0 to T tokens of a response, the longest beginning that has the same value, up to SURE.
+def stands_for(logprobs: list[float], sure: float = SURE) -> list[int]:
+    """For the beginnings of 0 to T tokens of a response, the longest beginning that has the same value, up to `sure`.
 
     >>> stands_for([-2.0, -1e-5, -0.1, -1e-5])
     [0, 2, 2, 4, 4]
@@ -84,24 +85,24 @@ def stands_for(logprobs: list[float]) -> list[int]:
     places = [place]
     for t in range(len(logprobs) - 1, -1, -1):
         doubt -= math.expm1(logprobs[t])
-        if doubt > SURE:
+        if doubt > sure:
             place, doubt = t, 0.0
         places.append(place)
     return places[::-1]
 
 
-def plan(rollouts: list[Rollout]) -> dict[int, dict[tuple[int, ...], list[int]]]:
+def plan(rollouts: list[Rollout], sure: float = SURE) -> dict[int, dict[tuple[int, ...], list[int]]]:
     """What is to be continued: by number of tokens t, each beginning (with its prompt) and the responses it is of."""
     found: dict[int, dict[tuple[int, ...], list[int]]] = {}
     for b, r in enumerate(rollouts):
-        for t in {*stands_for(r.logprobs)} - {len(r.ids)}:
+        for t in {*stands_for(r.logprobs, sure)} - {len(r.ids)}:
             found.setdefault(t, {}).setdefault((*r.prompt_ids, *r.ids[:t]), []).append(b)
     return {t: found[t] for t in sorted(found)}
 
 
 def continue_all(
     actor, reward: Callable[[int, list[int]], float], rollouts: list[Rollout], continuations: int, max_tokens: int,
-    file: Path,
+    file: Path, sure: float = SURE,
 ) -> None:  # fmt: skip
     """Continue every beginning `continuations` times, in large calls; append what came out to the file, call by call.
 
@@ -110,7 +111,9 @@ def continue_all(
     together; it may go on for as long as the shortest allows, and what is too long is cut, as the policy would have.
     """
     done = {line["t"] for line in read_lines(file)}
-    todo = [(t, ids, owners) for t, found in plan(rollouts).items() if t not in done for ids, owners in found.items()]
+    todo = [
+        (t, ids, owners) for t, found in plan(rollouts, sure).items() if t not in done for ids, owners in found.items()
+    ]
     calls: list[list] = []
     for _, same in groupby(todo, key=lambda x: x[0]):
         if not calls or len(calls[-1]) * continuations >= CALL:
@@ -145,13 +148,15 @@ class Values(NamedTuple):
     square: Tensor  # dV_t^2, without bias
 
 
-def token_values(rollouts: list[Rollout], rewards: Tensor, lines: list[dict], continuations: int, shape) -> Values:
+def token_values(
+    rollouts: list[Rollout], rewards: Tensor, lines: list[dict], continuations: int, shape, sure: float = SURE
+) -> Values:
     """Values of each response token, 0 elsewhere; lines as continue_all writes them, rewards [B], shape (B, N)."""
     right = {(line["t"], int(b)): halves for line in lines for b, halves in line["right"].items()}
     out = torch.zeros(3, 3, *shape)
     size = torch.tensor([continuations, continuations // 2, continuations // 2])[:, None].float()  # [3,1]
     for b, r in enumerate(rollouts):
-        places = stands_for(r.logprobs)
+        places = stands_for(r.logprobs, sure)
         halves = [right[t, b] if t < len(r.ids) else [rewards[b] * continuations / 2] * 2 for t in places]
         counts = torch.tensor([(x + y, x, y) for x, y in halves]).T  # [3,T+1]
         v = counts / size
@@ -194,11 +199,11 @@ def read(folder: str | Path) -> Measured:
     rollouts = [Rollout(**{k: x[k] for k in Rollout._fields}) for x in lines]
     rewards = torch.tensor([x["reward"] for x in lines])
     values = read_lines(folder / "values.jsonl")
-    if plan(rollouts).keys() - {line["t"] for line in values}:
+    if plan(rollouts, args.sure).keys() - {line["t"] for line in values}:
         return Measured(args, problems, rollouts, rewards, None)
     shape = pad_batch(rollouts)[1].shape
     return Measured(
-        args, problems, rollouts, rewards, token_values(rollouts, rewards, values, args.continuations, shape)
+        args, problems, rollouts, rewards, token_values(rollouts, rewards, values, args.continuations, shape, args.sure)
     )
 
 
@@ -219,6 +224,8 @@ def checked(args: Args) -> Args:
     print(note)
     if args.continuations < 4 or args.continuations % 2:
         raise ValueError(f"--continuations {args.continuations}: an even number, 4 or more")
+    if not 0 <= args.sure < 1:
+        raise ValueError(f"--sure {args.sure}: 0 or more, less than 1")
     if args.group < 1 or args.responses < 2 * args.group or args.responses % args.group:
         raise ValueError(f"--responses {args.responses}: a multiple of --group {args.group}, two groups or more")
     return args
@@ -249,7 +256,9 @@ def main(args: Args) -> None:
             def reward(b: int, ids: list[int]) -> float:
                 return tasks.reward(problem_of[b], tokenizer.decode(ids, skip_special_tokens=True))
 
-            continue_all(actor, reward, rollouts, args.continuations, args.max_tokens, folder / "values.jsonl")
+            continue_all(
+                actor, reward, rollouts, args.continuations, args.max_tokens, folder / "values.jsonl", args.sure
+            )
             actor.close()
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")

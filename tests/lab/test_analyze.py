@@ -73,6 +73,16 @@ def test_the_whole_analysis_with_vllm(tmp_path, capsys):
         run("--problems", 12, "--out", out)
 
 
+def test_without_the_first_token_and_without_table_1(tmp_path):
+    out = tmp_path / "evidence"
+    run("--problems", 10, "--engine", "torch", "--drop_first", "--positions", 0, "--out", out)
+    found = json.loads((out / "analysis.json").read_text())
+    assert "table 1" not in found and not (out / "perturbation.png").exists()
+    assert "left on the first token" in (out / "tables.md").read_text()
+    span, other, share = found["first token"]["global heads"]
+    assert span < other and 0 < share < 1, "the first column is the farthest; the other way has it"
+
+
 def test_the_page_escapes_whatever_a_model_writes():
     hostile = [
         "<script>alert(1)</script>",
@@ -111,6 +121,7 @@ def test_the_run_that_was_logged_is_plotted(tmp_path, capsys):
         (["--top_k", "50"], "--top_k 50: there are 2. other"),
         (["--temperature", "-1"], "--temperature -1"),
         (["--task", "sums"], "unknown task 'sums'"),
+        (["--chat"], "assets/tiny has no chat template"),
         (["--model", "no/such/place"], "cannot load a model from 'no/such/place'"),
         (["--max_tokens", "400"], "--max_tokens 400.*assets/tiny reads 512"),
         (["--out", "/proc/nothing/x"], "cannot write there"),

@@ -38,9 +38,8 @@ def test_without_the_first_token_rows_are_the_others_renormalised(window):
     assert window or share[:, 2:, 1:].mean() > 0.9 > 0.3 > share[:, :2, 1:].mean()
     other = sinks.without_first(found)
     torch.testing.assert_close(heads.attention_maps(other), want, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(
-        other.lse[:, :2], found.lse[:, :2, 1:] + torch.log1p(-share[:, :2, 1:]), rtol=1e-4, atol=1e-4
-    )
+    clear = share[:, :, 1:] < 0.9  # else the difference has no digits left
+    torch.testing.assert_close(other.lse[clear], (found.lse + torch.log1p(-share))[:, :, 1:][clear], rtol=0, atol=1e-4)
 
 
 def test_signals_without_it_are_those_of_such_maps():
