@@ -35,6 +35,7 @@ from tasks.countdown import random_expression, split_of
 CHARACTERS = "0123456789+-*/()=,>yn \n"
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 MAX_TRIES = 7
+PASS = 2048  # tokens of traces in one pass
 SAVE_EVERY = 64  # steps between states of a warm start that can be stopped; whole blocks of 16
 
 
@@ -163,6 +164,7 @@ def learn(
         rng.setstate(numbers)
         for part, state in zip(parts, states):
             part.load_state_dict(state)
+        del states
     bar = tqdm(range(first, steps), desc="warm start", initial=first, total=steps)
     for step in bar:
         if saved and step % SAVE_EVERY == 0 and step > first:
@@ -174,20 +176,23 @@ def learn(
             batches = [pool[i : i + batch] for i in range(0, len(pool), batch)]
             rng.shuffle(batches)
         rows = [(p + r + [tok.eos_token_id], len(p)) for p, r in batches[step % 16]]
-        width = max(len(ids) for ids, _ in rows)
-        ids = torch.tensor([ids + [tok.pad_token_id] * (width - len(ids)) for ids, _ in rows])
-        t = torch.arange(width)
-        learned = (t >= torch.tensor([[n] for _, n in rows])) & (t < torch.tensor([[len(ids)] for ids, _ in rows]))
-        with precision.passes(dtype, "cpu"):
-            states = model.get_decoder()(ids).last_hidden_state[:, :-1][learned[:, 1:]]
-            loss = F.cross_entropy(model.get_output_embeddings()(states).float(), ids[learned], reduction="sum")
-            loss = loss / (tokens * batch)
-            model.zero_grad()
-            loss.backward()
+        width, loss = max(len(ids) for ids, _ in rows), 0.0
+        size = max(1, PASS // width)
+        model.zero_grad()
+        for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+            ids = torch.tensor([ids + [tok.pad_token_id] * (width - len(ids)) for ids, _ in part])
+            t = torch.arange(width)
+            learned = (t >= torch.tensor([[n] for _, n in part])) & (t < torch.tensor([[len(ids)] for ids, _ in part]))
+            with precision.passes(dtype, "cpu"):
+                states = model.get_decoder()(ids).last_hidden_state[:, :-1][learned[:, 1:]]
+                missed = F.cross_entropy(model.get_output_embeddings()(states).float(), ids[learned], reduction="sum")
+                missed = missed / (tokens * batch)
+                missed.backward()
+            loss += missed.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for both in (*optimizers, *schedules):
             both.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss:.3f}")
 
 
 def main(args: Args) -> None:
