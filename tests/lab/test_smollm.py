@@ -37,11 +37,12 @@ def test_another_model_is_not_taken_for_it():
         smollm.check(*load_model("assets/tiny"))
 
 
-TEXT = """A gardener plants three rows of seven roses and two rows of nine tulips. To find out how many flowers there are
-in all, we first count the roses. Three rows of seven make 3 * 7 = 21 roses. Then we count the tulips in the same way. Two
-rows of nine make 2 * 9 = 18 tulips. Now we add both numbers, which gives 21 + 18 = 39. So there are 39 flowers in the
-garden. We can check this: if we take the 18 tulips away from the 39 flowers, then 21 are left, and that is the number of
-roses with which we began. If one row of roses dies in winter, then 39 - 7 = 32 flowers will be there in spring."""
+TEXT = """A gardener plants three rows of seven roses and two rows of nine tulips. To find out how many flowers there
+are in all, we first count the roses. Three rows of seven make 3 * 7 = 21 roses. Then we count the tulips in
+the same way. Two rows of nine make 2 * 9 = 18 tulips. Now we add both numbers, which gives 21 + 18 = 39. So
+there are 39 flowers in the garden. We can check this: if we take the 18 tulips away from the 39 flowers,
+then 21 are left, and that is the number of roses with which we began. If one row of roses dies in winter,
+then 39 - 7 = 32 flowers will be there in spring."""
 
 
 def bfloat16_shows_what_float32_shows(model, tokenizer):
