@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 
 import rollout
 from examples import trl_rhythm
@@ -124,6 +124,8 @@ def test_evaluation_is_trls_own():
     [
         (dict(importance_sampling_level="sequence"), "importance_sampling_level 'sequence'"),
         (dict(loss_type="unheard-of"), "loss_type 'unheard-of'"),
+        (dict(use_liger_kernel=True), "use_liger_kernel"),
+        (dict(peft=PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")), "adapters that add tokens"),
         (dict(credit="loud"), "unknown credit 'loud'"),
         (dict(sign="up"), "unknown sign 'up'"),
     ],
