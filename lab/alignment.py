@@ -100,7 +100,7 @@ class Args:
     out: str = HfArg(default="alignment.md", help="File for the table.")
 
 
-def gradient(model, input_ids: Tensor, mask: Tensor, weights: Tensor, rows: Tensor, tokens: int = 2048) -> Tensor:
+def gradient(model, input_ids: Tensor, mask: Tensor, weights: Tensor, rows: Tensor, tokens: int = 1024) -> Tensor:
     """The gradient of sum of weights * log pi over the tokens of the rows, all weights of the model in a line."""
     for index, n in micro_batches(mask, rows[weights[rows].any(1)], tokens):
         with precision.passes(precision.choose("auto", model.config), mask.device):
@@ -266,7 +266,7 @@ def main(args: Args) -> None:
         if gamma is None:
             cells += [""] * 4
         else:
-            held = shares((arm - uniform) / (args.gamma_amp - 1), uniform, target, draws)
+            held = (shares(arm, uniform, target, draws) - 1) / (args.gamma_amp - 1)  # of C = (arm - g) / (gamma - 1)
             cells += [cell(100 * x, ".0f") for x in held.T]
             entropy = signals[""].entropy[mask]
             mean, choices = gamma[mask].mean(), (gamma[mask] * entropy).sum() / entropy.sum()
