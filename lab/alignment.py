@@ -103,7 +103,7 @@ class Args:
 def gradient(model, input_ids: Tensor, mask: Tensor, weights: Tensor, rows: Tensor, tokens: int = 1024) -> Tensor:
     """The gradient of sum of weights * log pi over the tokens of the rows, all weights of the model in a line."""
     for index, n in micro_batches(mask, rows[weights[rows].any(1)], tokens):
-        with precision.passes(precision.choose("auto", model.config), mask.device):
+        with precision.automatic(model):
             logprobs, _ = token_logprobs(model, input_ids[index, :n], mask[index, :n])
             (logprobs * weights[index, :n]).sum().backward()
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
@@ -272,6 +272,7 @@ def main(args: Args) -> None:
             mean, choices = gamma[mask].mean(), (gamma[mask] * entropy).sum() / entropy.sum()
             cells += [f"{mean:.2f}", f"{choices / mean:.2f}"]
         table.append([name, *cells])
+        del arm
     text = markdown(table)
     if found:
         square, entropy = found.values.square[0].to(device), signals[""].entropy

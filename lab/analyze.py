@@ -198,9 +198,7 @@ def main(args: Args) -> None:
     layers = {where: layer_range(count, where) for where in ("middle", "bottom", "top")}
 
     def look(whose, where: str, drop_first: bool = args.drop_first) -> linkage.PerHead:
-        return linkage.per_head(
-            whose, input_ids, mask, layers[where], args.micro_tokens, drop_first=drop_first
-        )  # fmt: skip
+        return linkage.per_head(whose, input_ids, mask, layers[where], args.micro_tokens, drop_first=drop_first)
 
     looks = {where: look(model, where) for where in tqdm(layers, "maps")}
     other_spans = look(model, "middle", not args.drop_first).spans
@@ -257,7 +255,7 @@ def main(args: Args) -> None:
     images = [path for name in names if (path := folder / f"{name}.png").exists()]
     (folder / "index.html").write_text(report.page(title, intro, tables, texts, images))
     text = "\n\n".join(f"### {name}\n\n{markdown(rows)}" for name, rows in tables.items())
-    (folder / "tables.md").write_text(text)
+    (folder / "tables.md").write_text(f"{args.model}: {intro}\n\n{text}")
     (folder / "analysis.json").write_text(json.dumps(found, indent=1))
 
     print(text)

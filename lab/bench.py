@@ -5,7 +5,8 @@
     python -m lab.bench --table step --repeats 20                      a training step: TRL's, with credit, and ours
     python -m lab.bench --table step --model runs/smollm-words --task countdown-words --prompts 12 --minibatches 2
 
-Weights are random: time and memory do not depend on them. On a GPU it runs in bfloat16, on CPUs in float32.
+In the first two tables weights are random (time and memory do not depend on them), on a GPU in bfloat16, on CPUs in
+float32. A training step is in bfloat16 where a CPU has it and the model is not small, else in float32.
 """
 
 import ctypes
@@ -204,7 +205,12 @@ def whole_step(args: Args) -> None:
 
     given = {name: getattr(args, name) for name in ("model", "task", "prompts", "minibatches", "max_tokens")}
     ours, _ = fill_defaults(train.Args(lr=1e-6, **given), train.DEFAULTS, args.model)
-    ours = replace(ours, dtype=precision.choose("auto", load_config(args.model)))
+    auto = precision.choose("auto", load_config(args.model))
+    ours = replace(ours, dtype=auto if DEVICE == "cpu" else "float32")  # alone on a GPU nothing here is sharded
+    size, left = divmod(ours.prompts * ours.group, ours.minibatches)
+    if left or ours.max_tokens > TRL_TOKENS:
+        raise ValueError(f"--minibatches {ours.minibatches} must divide the {ours.prompts * ours.group} rollouts, and "
+                         f"--max_tokens {ours.max_tokens} be {TRL_TOKENS} or less")  # fmt: skip
     problems = tasks.load(ours.task, "train")
     model, tokenizer = load_model(ours.model)
     actor = start_actor("vllm", ours.model, ours.max_model_len, 0, ours.kv_cache_gib, dtype=ours.dtype)
@@ -240,7 +246,7 @@ def whole_step(args: Args) -> None:
             return found
 
     class TakeTurns(TrainerCallback):
-        """TRL makes four steps (one batch of rollouts) with each credit; then ours learns from the same problems."""
+        """TRL makes its steps (one batch of rollouts) with each credit; then ours learns from the same problems."""
 
         start = 0.0
 
@@ -269,16 +275,15 @@ def whole_step(args: Args) -> None:
             turns.append({})
             bar.update()
 
-    size = ours.prompts * ours.group // ours.minibatches
-    parts = next(n for n in range(1, size + 1) if size % n == 0 and size * ours.max_tokens <= n * TRL_TOKENS)
+    pieces = next(n for n in range(1, size + 1) if size % n == 0 and size * ours.max_tokens <= n * TRL_TOKENS)
     batches = [problems[i * ours.prompts :][: ours.prompts] for i in range(args.repeats + 1) for _ in names]
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(), use_cpu=DEVICE == "cpu", bf16=ours.dtype == "bfloat16", report_to="none",
         disable_tqdm=True, save_strategy="no", logging_strategy="no", gradient_checkpointing=False,
         shuffle_dataset=False,
         max_steps=len(batches) * ours.minibatches,
-        per_device_train_batch_size=size // parts, gradient_accumulation_steps=parts,
-        steps_per_generation=ours.minibatches * parts, num_generations=ours.group,
+        per_device_train_batch_size=size // pieces, gradient_accumulation_steps=pieces,
+        steps_per_generation=ours.minibatches * pieces, num_generations=ours.group,
         max_completion_length=ours.max_tokens,
         learning_rate=ours.lr, beta=0.0, loss_type="grpo", epsilon=ours.epsilon, temperature=1.0,
         optim="adamw_torch_fused",
@@ -298,7 +303,7 @@ def whole_step(args: Args) -> None:
         trainer.train()
     actor.close()
     turns, added, phases = turns[1:-1], added[1:], phases[1:]  # the first turn warms up, the last has not begun
-    rows = [[f"{ours.prompts * ours.group} rollouts", "s", "of TRL's time", "lowest and highest turn"]]
+    rows = [[f"{ours.prompts * ours.group} rollouts, {ours.dtype}", "s", "of TRL's time", "lowest and highest turn"]]
     for name in turns[0]:
         seconds, ratios = ([t[name] / (t["TRL"] if ratio else 1) for t in turns] for ratio in (False, True))
         middle = statistics.median(ratios)
@@ -316,8 +321,12 @@ def whole_step(args: Args) -> None:
 def main(args: Args) -> None:
     if min(args.lengths) <= 256 or args.repeats < 1:
         sys.exit("error: --lengths above 256 and --repeats of 1 or more, please")
-    print(f"{DEVICE}, {DTYPE}, {torch.get_num_threads()} threads, medians of {args.repeats}\n")
-    {"pass": whole_pass, "layer": one_layer, "step": whole_step}[args.table](args)
+    kind = DEVICE if args.table == "step" else f"{DEVICE}, {DTYPE}"
+    print(f"{kind}, {torch.get_num_threads()} threads, medians of {args.repeats}\n")
+    try:
+        {"pass": whole_pass, "layer": one_layer, "step": whole_step}[args.table](args)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":

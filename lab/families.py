@@ -1,7 +1,8 @@
 """English that is not mathematics: who is what to whom in a family, made by reasoning-gym (its family_relationships).
 
     pip install reasoning-gym==0.1.25; python -m lab.families
-    python -m lab.analyze --model runs/smollm --chat --task zebralogic --data runs/families.jsonl
+    python -m lab.analyze --model runs/smollm --chat --task zebralogic --data runs/families.jsonl --problems 100 \
+        --max_tokens 256 --positions 0
 
 Writes the columns of task zebralogic: a story, a question, five relations to choose from, the right one.
 """
@@ -30,15 +31,17 @@ class Args:
 
 
 def puzzles(count: int, seed: int) -> list[dict]:
-    """The rows. ValueError when reasoning-gym is not installed."""
+    """The rows. ValueError for none, and when reasoning-gym is not installed."""
+    if count < 1:
+        raise ValueError(f"--problems {count}: must be 1 or more")
     try:
         import reasoning_gym
     except ImportError as e:
         raise ValueError(f"{e}: pip install reasoning-gym==0.1.25") from e
-    made = [*reasoning_gym.create_dataset("family_relationships", size=count, seed=seed)]
+    made = [*reasoning_gym.create_dataset("family_relationships", size=max(count, 100), seed=seed)]
     relations = sorted({x["answer"] for x in made})
     rows, rng = [], random.Random(seed)
-    for x in made:
+    for x in made[:count]:
         story, _, question = x["question"].strip().partition("\n\n")
         others = rng.sample([r for r in relations if r != x["answer"]], OPTIONS - 1)
         choices = rng.sample([x["answer"], *others], OPTIONS)

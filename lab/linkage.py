@@ -53,21 +53,21 @@ class PerHead(NamedTuple):
     spans: Tensor  # [heads]
     entropy: Tensor  # [B,N]
     mask: Tensor  # [B,N]
-    first: Tensor  # [heads], the share of a response row's attention that lies on the first token
+    first: Tensor | None = None  # [heads], the share of a response row's attention that lies on the first token
 
 
 def per_head(
     model, input_ids: Tensor, mask: Tensor, layers: list[int], tokens: int = 2048,
-    horizon: tuple[int, int | None] = (H_LO, None), drop_first: bool = False,
+    horizon: tuple[int, int | None] = (H_LO, None), drop_first: bool = False, dtype: str = "auto",
 ) -> PerHead:  # fmt: skip
-    """WAAD, FAI (to the end of the response), and span of every head of the layers; passes of about `tokens` tokens.
+    """WAAD, FAI (by default to the end of the response) and span of every head of the layers, in passes of `tokens`.
 
     drop_first: without the first token's column, rows renormalised (lab/sinks.py).
     """
     every_head = torch.ones(model.config.get_text_config().num_attention_heads, dtype=torch.bool, device=mask.device)
     waad, fai = torch.zeros(2, len(layers) * len(every_head), *mask.shape)
     entropy, (spans, first) = torch.zeros(mask.shape), torch.zeros(2, len(waad))
-    passes = precision.passes(precision.choose("auto", model.config), mask.device)
+    passes = precision.passes(precision.choose(dtype, model.config), mask.device)
     for index, n in micro_batches(mask, torch.arange(len(mask), device=mask.device), tokens):
         part = mask[index, :n]
         with torch.no_grad(), record(model, layers) as recorded, passes:
@@ -248,14 +248,14 @@ class Stability:
 
     ROWS = 32
 
-    def __init__(self, layers: list[int], quantile: float = 0.3, tokens: int = 2048):
-        self.layers, self.quantile, self.tokens = layers, quantile, tokens
+    def __init__(self, layers: list[int], quantile: float = 0.3, tokens: int = 2048, dtype: str = "auto"):
+        self.layers, self.quantile, self.how = layers, quantile, {"tokens": tokens, "dtype": dtype}
         self.probe = self.first = None
 
     def __call__(self, model, rollouts: list[list[Rollout]]) -> dict[str, float]:
         """What `drift` says of the model now against the first call, whose rollouts [P][n] are kept."""
         self.probe = self.probe or pad_batch([r[0] for r in rollouts[: self.ROWS]])[:2]
-        now = per_head(model, *(x.to(model.device) for x in self.probe), self.layers, self.tokens)
+        now = per_head(model, *(x.to(model.device) for x in self.probe), self.layers, **self.how)
         self.first = self.first or now
         return drift(self.first, now, self.quantile)
 

@@ -63,12 +63,13 @@ def tables(found: dict) -> dict[str, list[list[str]]]:
         kept.append([name, *text, str(PAPER_KEPT.get(name, ""))])
 
     parked = found["first token"]
-    sink = [["mean over", "span", "span, the other way", "left on the first token", "overlap of the groups"]]
+    other = "span with that token" if found["args"]["drop_first"] else "span without that token"
+    sink = [["mean over", "span", other, "left on the first token", "overlap of the groups"]]
     for name in ("local heads", "global heads", "all heads"):
         overlap = parked.get(f"{name}, overlap")
-        span, other, share = parked[name]
+        span, other_span, share = parked[name]
         text = "" if overlap is None else f"{overlap:.2f}"
-        sink.append([name, f"{span:.1f}", f"{other:.1f}", f"{100 * share:.0f} %", text])
+        sink.append([name, f"{span:.1f}", f"{other_span:.1f}", f"{100 * share:.0f} %", text])
 
     shares = [["share that are separators", ""]]
     shares += [[name, f"{100 * x:.1f} %"] for name, x in found["separators"].items()]

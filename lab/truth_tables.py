@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import credit
 import train
-from heads import middle_layers, split_heads
+from heads import Heads, split_heads
 from lab import linkage
 from lab import report as pictures
 from metrics import Signals
@@ -45,18 +45,20 @@ PAGES = 6  # responses on the page
 def signals_of(model, input_ids: Tensor, mask: Tensor, **how) -> Signals:
     """What one scoring pass says, by train.py's own functions; `how` are arguments of train.py."""
     args, rows = train.Args(**how), torch.arange(len(mask), device=mask.device)
-    with precision.passes(precision.choose("auto", model.config), mask.device):
+    with precision.automatic(model):
         heads = train.measure_heads(args, model, input_ids, mask, rows[: train.SPAN_ROWS])
         return train.score(args, model, input_ids, mask, rows, heads)
 
 
 def without_first(signals: Signals, model, input_ids: Tensor, mask: Tensor) -> Signals:
     """The same, with WAAD, FAI and head split from attention without the first token's column (lab/sinks.py)."""
-    args, layers = train.Args(), middle_layers(model.config.get_text_config().num_hidden_layers)
-    looks = linkage.per_head(model, input_ids, mask, layers, horizon=tuple(args.horizon), drop_first=True)
-    is_local, is_global = split_heads(looks.spans, args.head_quantile)
-    waad, fai = looks.waad[is_local].mean(0), looks.fai[is_global].mean(0)
-    return signals._replace(waad=waad.to(mask.device), fai=fai.to(mask.device))
+    args, rows = train.Args(), slice(train.SPAN_ROWS)
+    how = {"layers": signals.heads.layers, "horizon": tuple(args.horizon), "drop_first": True}
+    spans = linkage.per_head(model, input_ids[rows], mask[rows], **how).spans.view_as(signals.heads.spans)
+    heads = Heads(signals.heads.layers, spans, *split_heads(spans, args.head_quantile))
+    looks = linkage.per_head(model, input_ids, mask, **how)
+    waad, fai = looks.waad[heads.is_local.flatten()].mean(0), looks.fai[heads.is_global.flatten()].mean(0)
+    return signals._replace(waad=waad.to(mask.device), fai=fai.to(mask.device), heads=heads)
 
 
 def on_cpu(signals: Signals) -> Signals:

@@ -125,7 +125,7 @@ def estimate(
         "unreduced gradients": copied * (dtype_bytes * (layer + root) + 4 * max(layer, root)),
         "activations": micro_tokens * sum(activations(config, dtype_bytes, checkpointing)),
         "logits": 12 * min(CHUNK, micro_tokens * config.get_text_config().vocab_size),
-        "vLLM weights": 2 * total,
+        "vLLM weights": dtype_bytes * total,
         "vLLM cache": kv_cache_gib * GIB,
     }
     gib = {name: size / GIB for name, size in gib.items()}

@@ -1,4 +1,4 @@
-"""--dtype: what a model's passes and its sampler compute in. Weights, gradients and the optimizer are always float32.
+"""--dtype: what a model's passes and vLLM compute in. Weights, gradients and the optimizer are always float32.
 
 On a GPU passes in bfloat16 are FSDP's (ranks.shard); on a CPU they are autocast's, here. A CPU with instructions for
 bfloat16 (avx512_bf16) is 2 to 3 times faster with it, once a model is wide enough for its matrices to take the time.
@@ -7,7 +7,7 @@ bfloat16 (avx512_bf16) is 2 to 3 times faster with it, once a model is wide enou
 import torch
 
 WIDE = 512  # hidden size
-HELP = "Of passes and sampler; auto: bfloat16 on a GPU, and on a CPU that has it for all but small models."
+HELP = "Of passes and of vLLM; auto: bfloat16 on a GPU, and on a CPU that has it for all but small models."
 
 
 def choose(dtype: str, config) -> str:
@@ -18,6 +18,11 @@ def choose(dtype: str, config) -> str:
         torch.cpu.get_capabilities().get("avx512_bf16", False) and config.get_text_config().hidden_size >= WIDE
     )
     return "bfloat16" if able else "float32"
+
+
+def automatic(model) -> torch.autocast:
+    """passes() in what auto stands for."""
+    return passes(choose("auto", model.config), next(model.parameters()).device)
 
 
 def passes(dtype: str, device: torch.device | str) -> torch.autocast:

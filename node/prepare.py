@@ -29,7 +29,8 @@ def complete(args, defaults: dict):
     else:
         args, note = fill_defaults(args, defaults, args.model)
         ranks.say(note)
-    args = replace(args, dtype=precision.choose(args.dtype, load_config(args.model)))
+    if args.dtype == "auto":
+        args = replace(args, dtype=precision.choose("auto", load_config(args.model)))
     check(args)
     return args
 

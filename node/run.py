@@ -68,7 +68,7 @@ class Run:
             from lab.linkage import Stability
 
             layers = layer_range(model.config.get_text_config().num_hidden_layers, args.layers)
-            self.watch = Stability(layers, args.head_quantile, args.micro_tokens)
+            self.watch = Stability(layers, args.head_quantile, args.micro_tokens, args.dtype)
             self.watch.restore(state["watch"])
         self.log = Log(self.folder, self.step if args.resume else None)
         self.evaluation_is_due = self._evaluates_here() or self.log.lost_evaluation
@@ -236,8 +236,9 @@ def write_args(args, folder: Path) -> None:
 
 def resumed(args):
     """The arguments of the run in args.resume; only --steps may be another."""
+    before = {"dtype": "bfloat16" if torch.cuda.is_available() else "float32"}  # of runs begun without --dtype
     try:
-        saved = type(args)(**json.loads((Path(args.resume) / "args.json").read_text()))
+        saved = type(args)(**before | json.loads((Path(args.resume) / "args.json").read_text()))
     except (OSError, ValueError, TypeError) as e:
         raise ValueError(f"--resume {args.resume}: no run is there, or its args.json cannot be read ({e})") from e
     given = {name for name, value in asdict(args).items() if value != getattr(type(args)(), name)}

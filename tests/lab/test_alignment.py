@@ -31,7 +31,12 @@ def test_the_gradient_is_that_of_the_clipped_loss_at_ratio_one():
     model.zero_grad()
 
 
-def test_speeds_equal_their_definition_and_do_not_depend_on_a_factor():
+@pytest.fixture(params=[7, 2**22])
+def slices(request, monkeypatch):
+    monkeypatch.setattr(alignment, "SLICE", request.param)
+
+
+def test_speeds_equal_their_definition_and_do_not_depend_on_a_factor(slices):
     rng = np.random.default_rng(0)
     gradients, target = rng.normal(size=(5, 30)), rng.normal(size=30)
     draws = rng.multinomial(5, np.full(5, 0.2), 4) / 5
@@ -53,7 +58,7 @@ def test_speeds_equal_their_definition_and_do_not_depend_on_a_factor():
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_shares_equal_their_definition_and_add_up():
+def test_shares_equal_their_definition_and_add_up(slices):
     rng = np.random.default_rng(0)
     uniform, credited, target = rng.normal(size=(5, 30)), rng.normal(size=(5, 30)), rng.normal(size=30)
     draws = rng.multinomial(5, np.full(5, 0.2), 4) / 5
@@ -69,6 +74,8 @@ def test_shares_equal_their_definition_and_add_up():
     np.testing.assert_allclose(got, want, rtol=1e-4)
     rest = alignment.shares(torch.tensor(uniform - credited).float(), *tensors)
     np.testing.assert_allclose(got + rest, 1, rtol=1e-5)
+    arm = torch.tensor(uniform + 0.5 * credited).float()  # as gamma 1.5 makes it
+    np.testing.assert_allclose((alignment.shares(arm, *tensors) - 1) / 0.5, want, rtol=1e-4)
 
 
 def test_with_the_truth_there_are_three_arms_more(tmp_path, capsys, monkeypatch):
@@ -98,11 +105,15 @@ def test_with_the_truth_there_are_three_arms_more(tmp_path, capsys, monkeypatch)
         alignment.main(args)
 
 
-def test_the_command_shows_scaled_to_be_uniform(tmp_path, capsys):
-    out = tmp_path / "table.md"
-    alignment.main(alignment.Args(arms=["scaled", "random"], problems=16, minibatch=4, engine="torch", out=str(out)))
+def test_the_command_shows_scaled_to_be_uniform(tmp_path, capsys, monkeypatch):
+    """With gradients in bfloat16, as a large model's; and an arm without the first token's column."""
+    monkeypatch.setattr(alignment, "LARGE", 0)
+    out, out_of = tmp_path / "table.md", "coupled, first token out"
+    arms = ["scaled", "random", out_of]
+    alignment.main(alignment.Args(arms=arms, problems=16, minibatch=4, engine="torch", out=str(out)))
     rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in out.read_text().splitlines()}
-    assert list(rows)[2:] == ["| uniform", "| scaled", "| random"] and "2 minibatches of 32" in capsys.readouterr().out
+    assert list(rows)[2:] == ["| uniform", *(f"| {arm}" for arm in arms)]
+    assert "2 minibatches of 32" in capsys.readouterr().out
     assert all(cell.replace("-", "+").startswith("+0.0 ") for cell in rows["| scaled"][:3])
     assert not all(cell.replace("-", "+").startswith("+0.0 ") for cell in rows["| random"][:3])
 

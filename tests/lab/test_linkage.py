@@ -220,3 +220,8 @@ def test_stability_follows_the_same_responses():
     later = follow(model, groups[::-1])  # other responses now, which do not matter
     assert 0.3 < later["WAAD rank correlation"] < 0.999
     assert follow(model, groups) == later
+    probe, first = follow.state()
+    for state in ((probe, first), (probe, first[:5])):  # five: of a run begun before `first` was kept
+        other = linkage.Stability(middle_layers(12))
+        other.restore(state)
+        assert other(model, groups) == later

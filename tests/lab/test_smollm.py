@@ -3,6 +3,7 @@
 import importlib.metadata
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,6 +95,13 @@ def test_skills_in_words_are_counted():
     assert tiny.skills(actor, [problem], yes="!") == {"success": 1.0, "arithmetic": 0.75, "judgement": 0.5}
 
 
+def test_a_warm_start_is_gone_on_with_by_the_same_arguments_alone(tmp_path):
+    args = smollm.Args(out=str(tmp_path / "words"), warm_start=True)
+    assert smollm.begun(args) == smollm.begun(args) == tmp_path / "words"
+    with pytest.raises(SystemExit, match=r"error: .* was begun with other arguments"):
+        smollm.main(replace(args, steps=7))
+
+
 def test_a_warm_start_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     """It is saved before every block of traces; equal to one that was not stopped."""
     monkeypatch.setattr(tiny, "SAVE_EVERY", 16)
@@ -105,7 +113,7 @@ def test_a_warm_start_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
         torch.manual_seed(0)
         model, rng, drawn = Qwen3ForCausalLM(config), random.Random(0), []
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 40)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, 40, cycle_momentum=False)
 
         def trace():
             drawn.append(1)

@@ -119,8 +119,10 @@ def test_a_kill_costs_the_call_that_was_under_way(chain, tmp_path, monkeypatch):
 def test_the_command_and_its_resume(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(truth_tables, "RESAMPLES", 20)
     folder = tmp_path / "truth"
-    args = truth.Args(responses=16, group=4, continuations=4, max_tokens=40, engine="torch", out=str(folder))
+    args = truth.Args(responses=16, group=4, continuations=4, max_tokens=40, engine="torch", sure=0.05, out=str(folder))
     truth.main(args)
+    rollouts = truth.read(folder).rollouts
+    assert sum(map(len, truth.plan(rollouts, 0.05).values())) < sum(map(len, truth.plan(rollouts).values()))
     text = (folder / "tables.md").read_text()
     assert "| ceiling |" in text and "| random |" in text and text.count("###") == 5
     assert {"index.html", "shares.png", "response.png"} <= {f.name for f in folder.iterdir()}
