@@ -20,7 +20,7 @@ shards over W GPUs; each of them holds, in bytes:
       only its input, c d, and one layer at a time has all of the above again.
       The gradients that flow back through a layer add 2c (m + d).
     logits                 12 bytes each: float32 logits, log-probabilities and gradient of one chunk (grpo.CHUNK)
-    vLLM, on the same GPU  2 P (the whole model, in bfloat16) and the cache, --kv_cache_gib: 4 k bytes a token and layer
+    vLLM, on the same GPU  c P (the whole model) and the cache, --kv_cache_gib: 4 k bytes a token and layer
 
 In float32 on one GPU nothing is gathered and nothing reduced. If vLLM sleeps while the trainer works (level 2: it keeps
 neither weights nor cache), the peak is the larger of the two phases, generate and train; if not, their sum, where the
