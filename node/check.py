@@ -71,7 +71,7 @@ def require(holds: bool, wrong: str) -> None:
 
 
 def device_and_dtype() -> tuple[torch.device, torch.dtype]:
-    """Where this machine trains, and the type that numbers are checked in: that of a GPU's passes; on a CPU the finest."""
+    """Where this machine trains, and the type that numbers are checked in: that of a GPU's passes; float32 on a CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
     return torch.device("cpu"), torch.float32
