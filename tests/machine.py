@@ -1,4 +1,4 @@
-"""What this machine can be held to: on a CPU small models are float32, on a GPU sampler and trainer round to bfloat16."""
+"""What this machine can be held to: on a CPU the tests are in float32, on a GPU sampler and trainer are in bfloat16."""
 
 import torch
 
