@@ -124,8 +124,7 @@ def chat_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
 class VLLMActor:
     """vLLM inside this process, so that reload() can hand the trainer's tensors over without a copy through disk.
 
-    kv_cache_gib is given outright, because vLLM's default share of memory does not know what training will need. dtype
-    is as --dtype.
+    kv_cache_gib is given outright: vLLM's default share of memory does not know what training needs. dtype: --dtype.
     sleep_mode lets it leave a GPU to the trainer between calls; vLLM allows one such engine in a process.
     """
 

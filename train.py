@@ -14,9 +14,8 @@ Where this departs from the paper, and why:
 4. Where the paper is silent: the advantage's std is the sample's (n - 1); AdamW without weight decay, its learning rate
    reached over five steps; gradients clipped to norm 1; group size 8 and epsilon 0.2.
 5. vLLM samples and the trainer's passes run in bfloat16 (over float32 weights) on a GPU, and on a CPU that has it for
-   all but small models; else in float32 (--dtype). In bfloat16 the two round differently, so the gap between them is
-   far above float32's 1e-7, and the first ratio is 1 only up to rounding. The output head's logits are bfloat16 too, as
-   is common: between 16 and 32 such numbers are 0.125 apart.
+   all but small models; else in float32 (--dtype). In bfloat16 the two round differently: the gap is far above
+   float32's 1e-7, and the first ratio 1 only up to rounding. The output head's logits are bfloat16 too, as is common.
 """
 
 from dataclasses import dataclass
@@ -248,15 +247,7 @@ def main(args: Args) -> None:
         run.say(f"{run.folder}: starting {args.engine} from {source}")
         seed = args.seed + ranks.rank()
         actor_infer = start_actor(
-            args.engine,
-            str(source),
-            args.max_model_len,
-            seed,
-            args.kv_cache_gib,
-            model,
-            tokenizer,
-            sleep_mode=True,
-            dtype=args.dtype,
+            args.engine, str(source), args.max_model_len, seed, args.kv_cache_gib, model, tokenizer, True, args.dtype
         )
     set_seed(seed)  # after the engine, which seeds the global generators too
     if state:
