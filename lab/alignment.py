@@ -272,6 +272,7 @@ def main(args: Args) -> None:
             mean, choices = gamma[mask].mean(), (gamma[mask] * entropy).sum() / entropy.sum()
             cells += [f"{mean:.2f}", f"{choices / mean:.2f}"]
         table.append([name, *cells])
+        Path(args.out).write_text(markdown(table) + "\n")  # arm by arm: on a large model each takes minutes
         del arm
     text = markdown(table)
     if found:
