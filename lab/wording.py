@@ -1,0 +1,151 @@
+"""Choices that matter and choices of words: does attention tell them apart, where entropy cannot?
+
+    python -m lab.wording                    the committed responses; runs/smollm-words must be there (lab.smollm)
+    python -m lab.wording --truth FOLDER     others of lab.truth, task countdown-words
+
+In Countdown in words the model is unsure of two kinds of tokens. Which numbers and operators to try, and whether to go
+on or to give up, decides whether it succeeds (content). Whether to say "Maybe" or "Try", "then" or "and then", does not
+(wording). Both were drawn at random in the traces that it learned from. A credit for what matters should fall on the
+one kind and not on the other. For each signal, among tokens of entropy above 0.1 nats:
+
+    AUC     the chance that it is higher at a content token than at a wording token of the same response; 0.5: it cannot
+            tell; mean over responses that have both
+    shares  what part of each kind is among a response's 40 % of highest signal
+
+Intervals: 95 % bootstrap over problems.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+import credit
+from lab import truth
+from lab.truth_tables import CHOICE, Bootstrap, on_cpu, scores, signals_of, without_first
+from metrics import Signals
+from node.output import markdown
+from rollout import load_model, pad_batch
+
+KINDS = ("content", "wording")
+
+
+@dataclass
+class Args:
+    """Hold the signals at choices that matter against those at choices of words."""
+
+    truth: str = HfArg(default="lab/records/truth-words", help="Folder of lab.truth, task countdown-words.")
+
+
+def kinds(tokens: list[str]) -> list[str]:
+    """Of each token of a response: content, wording, or neither ("").
+
+    Content: operators and digits of what is tried, and the sign that ends a line, by which the model goes on or stops.
+    Wording: letters and marks of a line. Neither: spaces, results, and the answer, which follow from what is there.
+
+    >>> kinds(["Try", " ", "7", " *", " ", "5", " =", " ", "3", "5", ".", " Not", "</", "think", ">", "7"])[:11]
+    ['wording', '', 'content', 'content', '', 'content', '', '', '', '', 'wording']
+    """
+    found, result, said = [], False, False
+    for i, token in enumerate(tokens):
+        if "</" in token:  # the answer follows
+            return found + ["content"] + [""] * (len(tokens) - i - 1)
+        text = token.strip()
+        if "\n" in token:
+            found.append("content")
+            result = said = False
+        elif text == "=":
+            found.append("")
+            result = True
+        elif re.fullmatch(r"[-+*/]", text):
+            found.append("content")
+            result = False
+        elif text.isdecimal():
+            found.append("" if result or said else "content")
+        elif text:
+            found.append("wording")
+            said = said or (result and "," not in text)  # after a result comes a judgement, or another step
+            result = False
+        else:
+            found.append("")
+    return found
+
+
+def auc(x: np.ndarray, content: np.ndarray) -> float:
+    """The chance that x is higher at a content token than at another; nan unless there are both.
+
+    >>> float(auc(np.array([3.0, 2.0, 1.0]), np.array([True, False, False])))
+    1.0
+    """
+    n, m = content.sum(), (~content).sum()
+    if not n * m:
+        return float("nan")
+    return (stats.rankdata(x)[content].sum() - n * (n + 1) / 2) / (n * m)
+
+
+def table(signals: dict[str, Tensor], content: Tensor, wording: Tensor, mask: Tensor, bootstrap: Bootstrap) -> list:
+    """A line for each signal [B,N]: its AUC, and the share of either kind (bool) among the highest 40 %."""
+    rows = [["signal", "AUC", "content in the highest 40 %", "wording in the highest 40 %"]]
+    for name, x in signals.items():
+        each = np.array([auc(row[c | w].numpy(), c[c | w].numpy()) for row, c, w in zip(x, content, wording)])
+        both = ~np.isnan(each)
+        cells = [bootstrap.ratio(np.where(both, each, 0), both)]
+        top = credit.top_q(x, mask, 0.4)
+        cells += [bootstrap.ratio((top & kind).sum(1), kind.sum(1)) for kind in (content, wording)]
+        rows.append([name, "{:.2f} ({:.2f} to {:.2f})".format(*cells[0]),
+                     *("{:.0f} % ({:.0f} to {:.0f})".format(*(100 * v for v in c)) for c in cells[1:])])  # fmt: skip
+    return rows
+
+
+def look(signals: Signals, first_out: Signals, untrained: Signals, mask: Tensor) -> dict[str, Tensor]:
+    """The signals to be held against the kinds."""
+    seen = scores(signals, mask)
+    names = ("entropy", "surprise", "FAI", "change of WAAD", "WAAD", "position, early first")
+    others = scores(first_out, mask)
+    found = {name: seen[name] for name in names}
+    found |= {f"{name}, first token out": others[name] for name in ("FAI", "change of WAAD", "WAAD")}
+    found["FAI, random weights"] = untrained.fai
+    return found | {"coupled (γ)": credit.coupled_rhythm(signals.waad, signals.fai, mask)}
+
+
+def main(args: Args) -> None:
+    try:
+        found = truth.read(args.truth)
+        if found.args.task != "countdown-words":
+            raise ValueError(f"--truth {args.truth}: its task is {found.args.task}, which has no choice of words")
+        model, tokenizer = load_model(found.args.model)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    input_ids, mask, _ = (x.to(model.device) for x in pad_batch(found.rollouts))
+    signals = signals_of(model, input_ids, mask)
+    first_out, signals = on_cpu(without_first(signals, model, input_ids, mask)), on_cpu(signals)
+    torch.manual_seed(0)
+    fresh = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).to(model.device).eval()
+    untrained, mask = on_cpu(signals_of(fresh, input_ids, mask)), mask.cpu()
+    kind = torch.zeros(2, *mask.shape, dtype=torch.bool)
+    for b, r in enumerate(found.rollouts):
+        labels = kinds([tokenizer.decode([t]) for t in r.ids])
+        start = len(r.prompt_ids)
+        for i, name in enumerate(KINDS):
+            kind[i, b, start : start + len(labels)] = torch.tensor([label == name for label in labels])
+    content, wording = kind & (signals.entropy > CHOICE)
+    bootstrap = Bootstrap(torch.arange(len(mask)) // found.args.group)
+    print(markdown(table(look(signals, first_out, untrained, mask), content, wording, mask, bootstrap)))
+    for name, at in zip(KINDS, (content, wording)):
+        says = f"\n{name}: {at.sum()} choices of {mask.sum()} tokens, mean entropy {signals.entropy[at].mean():.2f}"
+        if found.values:
+            square = found.values.square[0]
+            share = bootstrap.ratio((square * at).sum(1), (square * mask).sum(1))
+            says += ", {:.0f} % ({:.0f} to {:.0f}) of ΔV²".format(*(100 * x for x in share))
+        print(says)
+    print(f"\n{len(mask)} responses: {args.truth}")
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(Args).parse_args_into_dataclasses())

@@ -1,0 +1,37 @@
+"""Choices of words against choices that matter: the kinds of a trace's tokens, the AUC, and another task."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lab import wording
+
+LINES = (
+    "What| about| |1|4| -| |7| =| |7|,| then| |1|3| +| |7| =| |2|0|?| That| gives| |2|0|,| not| |8|5|.|\n|"
+    "Maybe| |1|4| *| |7| =| |9|8|.| Yes|,| |9|8|!|</|think|><|answer|>|1|4|*|7"
+)
+
+
+def test_kinds_of_a_trace():
+    tokens = LINES.split("|")
+    found = dict(content=[], wording=[])
+    for token, kind in zip(tokens, wording.kinds(tokens), strict=True):
+        if kind:
+            found[kind].append(token.strip(" "))
+    assert found["content"] == [*"14-7", *"13+7", "\n", *"14*7", "</"]
+    assert found["wording"] == [
+        "What", "about", ",", "then", "?", "That", "gives", ",", "not", ".", "Maybe", ".", "Yes", ",", "!"
+    ]  # fmt: skip
+
+
+def test_auc_is_that_of_all_pairs():
+    rng = np.random.default_rng(0)
+    x, content = rng.integers(0, 5, 40).astype(float), rng.random(40) < 0.4
+    want = stats.mannwhitneyu(x[content], x[~content]).statistic / (content.sum() * (~content).sum())
+    assert wording.auc(x, content) == pytest.approx(want)
+    assert np.isnan(wording.auc(x, np.ones(40, dtype=bool)))
+
+
+def test_another_task_has_no_choice_of_words():
+    with pytest.raises(SystemExit, match=r"error: .*countdown-tiny, which has no choice of words"):
+        wording.main(wording.Args(truth="lab/records/truth"))
