@@ -113,6 +113,7 @@ def test_held_out_questions(tmp_path):
 def test_samples():
     assert {n: tasks.samples(n) for n in tasks.TASKS if tasks.samples(n) > 1} == {
         "aime24": 16, "aime25": 16, "countdown": 4, "countdown4": 4, "countdown-tiny": 4, "countdown-tiny18": 4,
+        "countdown-words": 4,
     }  # fmt: skip
 
 

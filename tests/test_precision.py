@@ -46,7 +46,7 @@ def test_each_minibatch_sees_the_weights_that_the_one_before_has_left():
 
 @pytest.mark.vllm
 def test_a_run_in_bfloat16_samples_and_trains_in_it(tmp_path):
-    run("--out", tmp_path / "run", "--steps", 2, "--eval_problems", 2, "--dtype", "bfloat16")
+    run("--out", tmp_path / "run", "--steps", 2, "--eval_problems", 2, "--max_tokens", 40, "--dtype", "bfloat16")
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if "reward" in r]
     assert all(1e-5 < r["gap_mean"] < 0.05 and r["stale_weight"] is None for r in steps), "bfloat16, and reloaded"

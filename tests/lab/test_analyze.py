@@ -75,7 +75,7 @@ def test_the_whole_analysis_with_vllm(tmp_path, capsys):
 
 def test_without_the_first_token_and_without_table_1(tmp_path):
     out = tmp_path / "evidence"
-    run("--problems", 10, "--engine", "torch", "--drop_first", "--positions", 0, "--out", out)
+    run("--problems", 10, "--engine", "torch", "--drop_first", "--positions", 0, "--max_tokens", 60, "--out", out)
     found = json.loads((out / "analysis.json").read_text())
     assert "table 1" not in found and not (out / "perturbation.png").exists()
     assert "left on the first token" in (out / "tables.md").read_text()
