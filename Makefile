@@ -11,7 +11,7 @@ demo: .venv/ok  ## Train the embedded model on Countdown with coupled rhythm cre
 check: .venv/ok ## Check that this machine can train: versions, numbers, a step, the reload, a kill, memory (5 minutes).
 	$(BIN)/python -m node.check
 
-test: .venv/ok  ## Run all tests (7 minutes on two cores).
+test: .venv/ok  ## Run all tests (8 minutes on two cores).
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 smollm: .venv/ok ## Get a real language model of 135 million weights for the laboratory: runs/smollm (2 minutes).
