@@ -249,7 +249,7 @@ def main(args: Args) -> None:
     ]
     table = [["arm", *columns]]
     uniform = gradients(shape_advantages(advantages, torch.ones_like(per_token)))
-    base = speeds(uniform, target, draws)
+    base, own = speeds(uniform, target, draws), inner(uniform, uniform).sum()
     table.append(["uniform", *(f"{cosine:.3f}" for cosine in base[0]), "1.000", "", "", "1.00", "1.00"])
     arms = [*([*ORACLES, "VinePPO"] if found else []), *(a for a in args.arms if a != "uniform")]
     for name in tqdm(arms, desc="arms"):
@@ -261,8 +261,7 @@ def main(args: Args) -> None:
         arm = gradients(weights)
         gain = 100 * (speeds(arm, target, draws) / base - 1)  # [draws,3]
         cells = [cell(x, "+.1f") for x in gain.T]
-        lengths = inner(arm, arm).sum() * inner(uniform, uniform).sum()
-        cells.append(f"{inner(arm, uniform).sum() / lengths.sqrt():.3f}")
+        cells.append(f"{inner(arm, uniform).sum() / (own * inner(arm, arm).sum()).sqrt():.3f}")
         if gamma is None:
             cells += [""] * 4
         else:
