@@ -33,6 +33,9 @@ grows by gamma / sqrt(q gamma^2 + 1 - q): 22 % with 1.5 and 40 %.
     python -m lab.truth --out runs/truth                       what each token was worth, half an hour
     python -m lab.alignment --truth runs/truth --minibatch 2   three arms more, which know it
 
+Two arms of lab/wording.py credit, in Countdown in words, what decides: "content" puts gamma on numbers, operators and
+whether to go on, "wording" on the words around them.
+
 With --truth the minibatches are those responses, and all problems sampled here serve grad J. "oracle" puts gamma on the
 tokens of truly largest |dV|: what a perfect signal could do with coupled's gamma and q, or with a q below the share of
 choices. "VinePPO" has dV itself for its advantage: what there is to be had from knowing where credit belongs. A second
@@ -55,7 +58,7 @@ import credit
 import tasks
 import train
 from grpo import check_head, group_advantages, micro_batches, shape_advantages, token_logprobs
-from lab import experiment, truth
+from lab import experiment, truth, wording
 from lab.report import visible
 from lab.truth_tables import signals_of, without_first
 from metrics import Signals
@@ -86,7 +89,7 @@ class Args:
     )
     arms: list[str] = HfArg(
         default_factory=lambda: [*experiment.MAIN, *experiment.ABLATIONS],
-        help=f"As of lab.experiment, or of: {'; '.join(FIRST_OUT)}; uniform is added.",
+        help=f"As of lab.experiment, or of: {'; '.join([*FIRST_OUT, *wording.KINDS])}; uniform is added.",
     )
     truth: str | None = HfArg(default=None, help="Folder of lab.truth: the arms' responses, and three arms more.")
     problems: int = HfArg(default=512, help="Training problems; half of them for grad J, all of them with --truth.")
@@ -147,12 +150,11 @@ def shares(credited: Tensor, uniform: Tensor, target: Tensor, draws: Tensor) -> 
 
 
 def gamma_of(
-    name: str, args: Args, signals: dict[str, Signals], mask: Tensor, values: truth.Values | None
+    name: str, args: Args, signals: dict[str, Signals], mask: Tensor, known: dict[str, Tensor]
 ) -> tuple[Tensor, str]:
-    """An arm's gamma [B,N] and the advantages it applies to; an oracle takes the tokens of truly largest |dV|."""
-    if name in ORACLES:
-        delta = values.delta[0].abs().to(mask.device)
-        return 1 + (args.gamma_amp - 1) * credit.top_q(delta, mask, ORACLES[name]), "both"
+    """An arm's gamma [B,N] and the advantages it applies to; `known` are the arms whose tokens [B,N] are."""
+    if name in known:
+        return 1 + (args.gamma_amp - 1) * known[name], "both"
     flags = [*experiment.ARMS[FIRST_OUT.get(name, name)], f"--gamma_amp={args.gamma_amp}"]
     (arm,) = HfArgumentParser(train.Args).parse_args_into_dataclasses(flags)
     seen = signals["first token out" if name in FIRST_OUT else "all heads" if arm.all_heads else ""]
@@ -165,8 +167,11 @@ def gamma_of(
 
 def checked(args: Args) -> truth.Measured | None:
     """The measurement of --truth, if any; ValueError for arguments that cannot be."""
-    if unknown := set(args.arms) - {*experiment.MAIN, *experiment.ABLATIONS, *experiment.TRIED, *FIRST_OUT}:
-        raise ValueError(f"--arms {', '.join(sorted(unknown))}: not of {'; '.join([*experiment.ARMS, *FIRST_OUT])}")
+    arms = [*experiment.MAIN, *experiment.ABLATIONS, *experiment.TRIED, *FIRST_OUT, *wording.KINDS]
+    if unknown := set(args.arms) - {*arms}:
+        raise ValueError(f"--arms {', '.join(sorted(unknown))}: not of {'; '.join(arms)}")
+    if set(args.arms) & {*wording.KINDS} and args.task != "countdown-words":
+        raise ValueError(f"--arms {' '.join(wording.KINDS)}: are of --task countdown-words, not {args.task}")
     if args.group < 2 or args.minibatch < 1:
         raise ValueError(f"--group {args.group} --minibatch {args.minibatch}: two responses and one problem at least")
     if not Path(args.out).absolute().parent.is_dir():
@@ -219,6 +224,12 @@ def main(args: Args) -> None:
     signals = {name: signals_of(model, input_ids, mask, all_heads=bool(name)) for name in ("", "all heads")}
     if set(args.arms) & FIRST_OUT.keys():
         signals["first token out"] = without_first(signals[""], model, input_ids, mask)
+    known = {}
+    if set(args.arms) & {*wording.KINDS}:
+        known |= dict(zip(wording.KINDS, wording.marked(tokenizer, rollouts, mask)))
+    if found:
+        decisive = found.values.delta[0].abs().to(device)
+        known |= {name: credit.top_q(decisive, mask, q) for name, q in ORACLES.items()}
     advantages = group_advantages(rewards).flatten().to(device)
     per_token = mask / mask.sum(1, keepdim=True).clamp(min=1)
     minibatches = torch.arange(len(mask), device=device).split(args.minibatch * args.group)
@@ -256,7 +267,7 @@ def main(args: Args) -> None:
         if name == "VinePPO":
             gamma, weights = None, found.values.delta[0].to(device)
         else:
-            gamma, sign = gamma_of(name, args, signals, mask, found and found.values)
+            gamma, sign = gamma_of(name, args, signals, mask, known)
             weights = shape_advantages(advantages, gamma, sign)
         arm = gradients(weights)
         gain = 100 * (speeds(arm, target, draws) / base - 1)  # [draws,3]

@@ -77,6 +77,17 @@ def kinds(tokens: list[str]) -> list[str]:
     return found
 
 
+def marked(tokenizer, rollouts: list, mask: Tensor) -> Tensor:
+    """Of responses as pad_batch lays them out, which tokens are content and which wording: [2,B,N] bool."""
+    kind = torch.zeros(2, *mask.shape, dtype=torch.bool, device=mask.device)
+    for b, r in enumerate(rollouts):
+        labels = kinds([tokenizer.decode([t]) for t in r.ids])
+        start = len(r.prompt_ids)
+        for i, name in enumerate(KINDS):
+            kind[i, b, start : start + len(labels)] = torch.tensor([label == name for label in labels])
+    return kind
+
+
 def auc(x: np.ndarray, content: np.ndarray) -> float:
     """The chance that x is higher at a content token than at another; nan unless there are both.
 
@@ -128,13 +139,7 @@ def main(args: Args) -> None:
     torch.manual_seed(0)
     fresh = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).to(model.device).eval()
     untrained, mask = on_cpu(signals_of(fresh, input_ids, mask)), mask.cpu()
-    kind = torch.zeros(2, *mask.shape, dtype=torch.bool)
-    for b, r in enumerate(found.rollouts):
-        labels = kinds([tokenizer.decode([t]) for t in r.ids])
-        start = len(r.prompt_ids)
-        for i, name in enumerate(KINDS):
-            kind[i, b, start : start + len(labels)] = torch.tensor([label == name for label in labels])
-    content, wording = kind & (signals.entropy > CHOICE)
+    content, wording = marked(tokenizer, found.rollouts, mask) & (signals.entropy > CHOICE)
     bootstrap = Bootstrap(torch.arange(len(mask)) // found.args.group)
     print(markdown(table(look(signals, first_out, untrained, mask), content, wording, mask, bootstrap)))
     for name, at in zip(KINDS, (content, wording)):

@@ -122,6 +122,7 @@ def test_the_command_shows_scaled_to_be_uniform(tmp_path, capsys, monkeypatch):
     "name, value, says",
     [
         ("arms", ["anchor"], "anchor"),
+        ("arms", ["content"], "countdown-words, not countdown-tiny"),
         ("problems", 20, "20"),
         ("task", "poker", "poker"),
         ("group", 1, "--group 1"),

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from lab import wording
+from rollout import Rollout, pad_batch
 
 LINES = (
     "What| about| |1|4| -| |7| =| |7|,| then| |1|3| +| |7| =| |2|0|?| That| gives| |2|0|,| not| |8|5|.|\n|"
@@ -22,6 +23,18 @@ def test_kinds_of_a_trace():
     assert found["wording"] == [
         "What", "about", ",", "then", "?", "That", "gives", ",", "not", ".", "Maybe", ".", "Yes", ",", "!"
     ]  # fmt: skip
+
+
+def test_marks_lie_on_the_responses_own_tokens():
+    class Letters:
+        def decode(self, ids):
+            return "ab-7= "[ids[0]]
+
+    rollouts = [Rollout([0, 0], [0, 3, 2], [0.0] * 3, "", False), Rollout([0], [5, 1, 3, 4, 3], [0.0] * 5, "", False)]
+    _, mask, _ = pad_batch(rollouts)
+    content, words = wording.marked(Letters(), rollouts, mask)
+    assert content.nonzero().tolist() == [[0, 3], [0, 4], [1, 3]]
+    assert words.nonzero().tolist() == [[0, 2], [1, 2]]
 
 
 def test_auc_is_that_of_all_pairs():
