@@ -24,11 +24,12 @@ cosine between the two, so that relative cosines are relative speeds; the noise 
     gamma at choices  mean gamma, weighted by entropy, over mean gamma: above 1 where credit goes to tokens that the
                       model is unsure of. Where it is sure, gamma multiplies a gradient of nearly 0.
 
-Differences to uniform in per cent of it, paired by minibatch, 95 % bootstrap over minibatches.
+Differences to uniform in per cent of it, paired by minibatch, 95 % bootstrap over minibatches; grad J is taken as it
+came out, so what its own noise does to an arm is in no interval.
 
-How much can gamma gain? At best the credited share q of the tokens holds all of the signal and q of the noise: gamma
-then multiplies the signal by gamma and the noise's variance by q gamma^2 + 1 - q. While noise dominates, the cosine
-grows by gamma / sqrt(q gamma^2 + 1 - q): 22 % with 1.5 and 40 %.
+How much can gamma gain? If the credited share q of the tokens holds all of the signal and q of the noise, gamma
+multiplies the signal by gamma and the noise's variance by q gamma^2 + 1 - q. While noise dominates, the cosine grows by
+gamma / sqrt(q gamma^2 + 1 - q): 22 % with 1.5 and 40 %. It can be more where their share of the noise is below q.
 
     python -m lab.truth --out runs/truth                       what each token was worth, half an hour
     python -m lab.alignment --truth runs/truth --minibatch 2   three arms more, which know it

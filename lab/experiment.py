@@ -227,9 +227,11 @@ def main(args: Args) -> None:
             gaps = {a: difference(runs, found.get("uniform", {})) for a, runs in found.items() if a != "uniform"}
             report.arms_figure(found, {a: gap for a, (gap, n) in gaps.items() if n > 1}, list(MAIN), figure)
             print(f"{setting}: {SETTINGS[setting][0]}\n\n{text}\n\n{figure}\n")
-    if not (runs := len(list(Path(args.folder).glob("*/*.jsonl")))):
+    runs = {setting: len(list(Path(args.folder, setting).glob("*.jsonl"))) for setting in SETTINGS}
+    if not (total := sum(runs.values())):
         sys.exit(f"error: --folder {args.folder}: no records are there; run without --report")
-    print(f"{runs} runs; tables and figures: {args.folder}/")
+    by = ", ".join(f"{setting} {n}" for setting, n in runs.items() if n)
+    print(f"{total} runs ({by}); tables and figures: {args.folder}/")
 
 
 if __name__ == "__main__":
