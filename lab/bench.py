@@ -272,6 +272,7 @@ def whole_step(args: Args) -> None:
             turns[-1]["ours, coupled"] = sum(record["seconds"].values())
             signals = clock.seconds["signals"] - before  # a part of the scoring pass
             phases.append(record["seconds"] | {"score": record["seconds"]["score"] - signals, "WAAD and FAI": signals})
+            bar.set_postfix({name: f"{seconds:.1f} s" for name, seconds in turns[-1].items()})
             turns.append({})
             bar.update()
 
