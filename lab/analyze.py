@@ -2,6 +2,7 @@
 
     python -m lab.analyze                                         the embedded model, on held-out problems
     python -m lab.analyze --model Qwen/Qwen3-4B-Base --task gsm8k
+    python -m lab.analyze --resume FOLDER                         one that was stopped goes on
     python -m lab.analyze --run runs/NAME                         the signals through a run with --watch_signals
 
 Samples a response to each problem, looks at every head's maps, and writes a folder: index.html (the responses to hover
@@ -35,7 +36,7 @@ import tasks
 from eval import evaluate
 from grpo import check_head
 from heads import attention_maps, layer_range, record, split_heads
-from lab import linkage, perturb, report, sinks
+from lab import linkage, perturb, report, sinks, truth
 from node.output import markdown, minutes
 from node.run import new_folder, write_args
 from rollout import EMBEDDED, chat_prompts, check_length, fill_defaults, load_model, pad_batch, start_actor
@@ -79,6 +80,7 @@ class Args:
     seed: int = HfArg(default=0, help="Seed of sampling and of the random weights.")
     micro_tokens: int = HfArg(default=2048, help="Tokens in one forward pass.")
     out: str | None = HfArg(default=None, help="Folder to write; it must be new (default: a new one under runs/).")
+    resume: str | None = HfArg(default=None, help="Folder that a stopped analysis goes on in; given alone.")
 
 
 def by_layers_and_split(looks: dict[str, linkage.PerHead]) -> dict[str, dict]:
@@ -163,7 +165,8 @@ def main(args: Args) -> None:
         return stability(args)
     started = time.perf_counter()
     try:
-        args, note = fill_defaults(args, DEFAULTS, args.model)
+        folder = Path(args.resume) if args.resume else None
+        args, note = (truth.read_args(folder, Args), "") if folder else fill_defaults(args, DEFAULTS, args.model)
         print(note)
         for name, least in (("problems", 10), ("max_tokens", 16), ("top_k", 1), ("positions", 0), ("micro_tokens", 1)):
             if getattr(args, name) < least:
@@ -180,13 +183,17 @@ def main(args: Args) -> None:
         longest_prompt = max(map(len, chat_prompts(tokenizer, prompts) if args.chat else tokenizer(prompts).input_ids))
         max_model_len = longest_prompt + 2 * args.max_tokens  # a continuation may be as long as a response
         check_length(args.model, model.config, max_model_len, f"--max_tokens {args.max_tokens}")
-        folder = new_folder(args.out, f"analysis-{args.task}")
-        write_args(args, folder)
+        if folder is None:
+            folder = new_folder(args.out, f"analysis-{args.task}")
+            write_args(args, folder)
         print(f"{folder}: starting {args.engine}", flush=True)
         actor = start_actor(args.engine, args.model, max_model_len, args.seed, args.kv_cache_gib, model, tokenizer)
         set_seed(args.seed)
-        rollouts, rewards = evaluate(actor, problems, 1, args.max_tokens, args.temperature, args.chat)
-        rollouts = [r[0] for r in rollouts]
+        if not (folder / "responses.jsonl").exists():
+            groups, verdicts = evaluate(actor, problems, 1, args.max_tokens, args.temperature, args.chat)
+            truth.write_rollouts(folder, [r for (r,) in groups], verdicts.flatten().tolist())
+        rollouts, rewards = truth.read_rollouts(folder)
+        rewards = torch.tensor(rewards)
         long = [i for i, r in enumerate(rollouts) if len(r.ids) > linkage.H_LO + 10]
         if len(long) < 2:
             raise ValueError(f"{args.model}: {len(long)} of {len(rollouts)} responses are longer than "
@@ -226,11 +233,11 @@ def main(args: Args) -> None:
     if args.positions:
         found["table 1"] = perturb.table(
             actor, model, tokenizer, problems, rollouts, responses, input_ids, mask,
-            args.max_tokens, args.positions, args.top_k,
+            args.max_tokens, folder / "continuations.jsonl", args.positions, args.top_k,
         )  # fmt: skip
     actor.close()
 
-    right = [i for i in long if rewards[i, 0] == 1] or long
+    right = [i for i in long if rewards[i] == 1] or long
     shown = min(right, key=lambda i: abs(len(rollouts[i].ids) - 45))  # short, but with more than one thought
     r = rollouts[shown]
     maps = mean_maps(

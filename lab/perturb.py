@@ -10,7 +10,9 @@ lower half, of any response, as close as can be in position and entropy (the bes
 separators may be anchors or artefacts, a third and a fourth look at punctuation and at all else by themselves.
 """
 
+import json
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +21,13 @@ from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from torch import Tensor
+from tqdm import tqdm
 
 import tasks
 from grpo import micro_batches
 from lab.linkage import Response
 from node import precision
+from node.output import read_lines
 from rollout import Rollout
 
 STOP_WORDS = frozenset(
@@ -31,6 +35,8 @@ STOP_WORDS = frozenset(
     "no not of on or our she so such than that the their them then there these they this those to us was we were "
     "what when which who will with would you your".split()
 )
+
+CALL = 512  # continuations that go to the sampler at once
 
 Place = tuple[int, int]  # (response, token of the response)
 
@@ -111,12 +117,22 @@ def alternatives(model, input_ids: Tensor, mask: Tensor, places: list[Place], k:
 
 
 def perturb(
-    actor, tokenizer, problems: list, rollouts: list[Rollout], places: list[Place], others: list, max_tokens: int
-) -> dict[Place, Kept]:
-    """Continue greedily from each place, with its own token and with each alternative; one call to the actor."""
+    actor, tokenizer, problems: list, rollouts: list[Rollout], places: list[Place], others: list, max_tokens: int,
+    file: Path,
+) -> dict[Place, Kept]:  # fmt: skip
+    """Continue greedily from each place, with its own token and with each alternative.
+
+    The continuations are appended to the file, call by call; those that it has are not made again.
+    """
     starts = [(i, t, token) for (i, t), row in zip(places, others) for token in (rollouts[i].ids[t], *row)]
     prompts = [[*rollouts[i].prompt_ids, *rollouts[i].ids[:t], token] for i, t, token in starts]
-    rests = [r[0].text for r in actor.generate(prompts, 1, max_tokens, 0.0, progress=True)]
+    done = len(read_lines(file))
+    with file.open("a") as out:
+        for at in tqdm(range(done, len(prompts), CALL), desc="continuations"):
+            groups = actor.generate(prompts[at : at + CALL], 1, max_tokens, 0.0)
+            out.write("".join(json.dumps(r[0].text) + "\n" for r in groups))
+            out.flush()
+    rests = read_lines(file)
     words = [content_words(rest) for rest in rests]
     right = [
         tasks.reward(problems[i], tokenizer.decode([*rollouts[i].ids[:t], token]) + rest)
@@ -173,8 +189,10 @@ def compare(kept: dict[Place, Kept], high: list[Place], low: list[Place], paired
     return out
 
 
-def table(actor, model, tokenizer, problems, rollouts, responses, input_ids, mask, max_tokens, count=3, k=3) -> dict:
-    """Table 1 in four columns: as the paper has it, matched, at separators, at other tokens.
+def table(
+    actor, model, tokenizer, problems, rollouts, responses, input_ids, mask, max_tokens, file, count=3, k=3
+) -> dict:
+    """Table 1 in four columns: as the paper has it, matched, at separators, at other tokens; file as in perturb().
 
     responses: each rollout's series (linkage.responses_of); count places of each kind in a response, k alternatives.
     """
@@ -190,7 +208,7 @@ def table(actor, model, tokenizer, problems, rollouts, responses, input_ids, mas
     arms["matched"] = arms["as the paper"][0], matched(responses, arms["as the paper"][0])
     places = sorted({p for both in arms.values() for side in both for p in side})
     others = alternatives(model, input_ids, mask, places, k, tokenizer.all_special_ids)
-    kept = perturb(actor, tokenizer, problems, rollouts, places, others, max_tokens)
+    kept = perturb(actor, tokenizer, problems, rollouts, places, others, max_tokens, file)
     out = {}
     for name in ("as the paper", "matched", "separators only", "other tokens only"):
         out[name] = compare(kept, *arms[name], paired=name == "matched")

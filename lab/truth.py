@@ -35,7 +35,7 @@ from transformers.hf_argparser import HfArg
 import tasks
 from grpo import check_head
 from lab import truth_tables
-from node.output import minutes, write_whole
+from node.output import minutes, read_lines, write_whole
 from node.run import new_folder
 from rollout import EMBEDDED, Rollout, check_length, fill_defaults, load_model, pad_batch, start_actor
 
@@ -131,15 +131,6 @@ def continue_all(
             out.flush()
 
 
-def read_lines(file: Path) -> list[dict]:
-    """The whole lines of a JSONL file, none if it is not there; one that a kill cut short is taken away from it."""
-    text = file.read_text() if file.exists() else ""
-    if text and not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        write_whole(file, text)
-    return [json.loads(line) for line in text.splitlines()]
-
-
 class Values(NamedTuple):
     """What tokens were worth. [3,B,N] each: by all continuations, by the first half of them, by the second."""
 
@@ -180,24 +171,38 @@ class Measured(NamedTuple):
     values: Values | None  # None when it has not come to its end
 
 
-def read_args(folder: str | Path) -> Args:
+def read_args(folder: str | Path, kind: type = Args):
     """The arguments of a measurement, from its folder; ValueError, in one line, if it is none."""
     try:
-        return Args(**json.loads((Path(folder) / "args.json").read_text()))
+        return kind(**json.loads((Path(folder) / "args.json").read_text()))
     except (OSError, TypeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{folder}: holds no measurement of lab.truth ({type(e).__name__}: {e})") from e
+        raise ValueError(f"{folder}: holds no measurement of {kind.__module__} ({type(e).__name__}: {e})") from e
+
+
+def write_rollouts(folder: Path, rollouts: list[Rollout], rewards: list[float]) -> None:
+    """responses.jsonl, which is whole or not there: a response and its verdict a line."""
+    lines = []
+    for r, reward in zip(rollouts, rewards, strict=True):
+        rounded = [float(f"{x:.4g}") for x in r.logprobs]
+        lines.append(r._replace(logprobs=rounded)._asdict() | {"reward": reward})
+    write_whole(folder / "responses.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+
+
+def read_rollouts(folder: Path) -> tuple[list[Rollout], list[float]]:
+    """What write_rollouts wrote, or nothing."""
+    lines = read_lines(folder / "responses.jsonl")
+    return [Rollout(**{k: x[k] for k in Rollout._fields}) for x in lines], [x["reward"] for x in lines]
 
 
 def read(folder: str | Path) -> Measured:
     """A folder of this command that has its responses. ValueError, in one line, if it is none."""
     args, folder = read_args(folder), Path(folder)
-    lines = read_lines(folder / "responses.jsonl")
-    if not lines:
+    rollouts, rewards = read_rollouts(folder)
+    if not rollouts:
         raise ValueError(f"{folder}: has no responses yet: python -m lab.truth --resume {folder}")
     problems = tasks.load(args.task, args.split, args.responses // args.group, args.seed, args.data)
     problems = [p for p in problems for _ in range(args.group)]
-    rollouts = [Rollout(**{k: x[k] for k in Rollout._fields}) for x in lines]
-    rewards = torch.tensor([x["reward"] for x in lines])
+    rewards = torch.tensor(rewards)
     values = read_lines(folder / "values.jsonl")
     if plan(rollouts, args.sure).keys() - {line["t"] for line in values}:
         return Measured(args, problems, rollouts, rewards, None)
@@ -210,12 +215,8 @@ def read(folder: str | Path) -> Measured:
 def sample(args: Args, actor, problems: list[tasks.Problem], folder: Path) -> None:
     """The responses and their verdicts, as a file that is whole or not there."""
     groups = actor.generate([p.prompt for p in problems], args.group, args.max_tokens, progress=True)
-    lines = []
-    for problem, group in zip(problems, groups):
-        for r in group:
-            rounded = [float(f"{x:.4g}") for x in r.logprobs]
-            lines.append(r._replace(logprobs=rounded)._asdict() | {"reward": tasks.reward(problem, r.text)})
-    write_whole(folder / "responses.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+    made = [(r, tasks.reward(problem, r.text)) for problem, group in zip(problems, groups) for r in group]
+    write_rollouts(folder, *zip(*made))
 
 
 def checked(args: Args) -> Args:

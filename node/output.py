@@ -1,5 +1,6 @@
-"""What every command writes: files that are whole or not there, Markdown tables, times to read."""
+"""What every command writes: files that are whole or not there or grow by lines, Markdown tables, times to read."""
 
+import json
 from pathlib import Path
 
 
@@ -8,6 +9,15 @@ def write_whole(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".new")
     unfinished.write_text(text)
     unfinished.replace(path)
+
+
+def read_lines(file: Path) -> list:
+    """The whole lines of a JSONL file, none if it is not there; one that a kill cut short is taken away from it."""
+    text = file.read_text() if file.exists() else ""
+    if text and not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        write_whole(file, text)
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def markdown(rows: list[list[str]]) -> str:

@@ -83,6 +83,19 @@ def test_without_the_first_token_and_without_table_1(tmp_path):
     assert span < other and 0 < share < 1, "the first column is the farthest; the other way has it"
 
 
+def test_an_analysis_that_was_stopped_goes_on(tmp_path):
+    out = tmp_path / "evidence"
+    few = ("--max_tokens", 48, "--positions", 1, "--top_k", 1)
+    run("--problems", 10, "--engine", "torch", *few, "--out", out)
+    tables, rests = ((out / name).read_text() for name in ("tables.md", "continuations.jsonl"))
+    (out / "continuations.jsonl").write_text(rests[: len(rests) // 2])  # a kill within a line
+    (out / "tables.md").unlink()
+    run("--resume", out)
+    assert (out / "tables.md").read_text() == tables and (out / "continuations.jsonl").read_text() == rests
+    with pytest.raises(SystemExit, match=r"error: .*holds no measurement of lab.analyze"):
+        run("--resume", tmp_path)
+
+
 def test_the_page_escapes_whatever_a_model_writes():
     hostile = [
         "<script>alert(1)</script>",

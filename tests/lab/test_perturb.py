@@ -37,12 +37,13 @@ def test_alternatives_are_the_likeliest_other_tokens(sampled):
         assert row == order[:3]
 
 
-def test_the_same_token_changes_nothing_and_a_wrong_one_flips_the_verdict(sampled):
+def test_the_same_token_changes_nothing_and_a_wrong_one_flips_the_verdict(sampled, tmp_path):
     _, tokenizer, actor, problems, rollouts, _, _, _ = sampled
     places = [(i, t) for i in range(6) for t in (2, 9)]
     same = perturb.perturb(
-        actor, tokenizer, problems, rollouts, places, [[rollouts[i].ids[t]] * 2 for i, t in places], 96
-    )
+        actor, tokenizer, problems, rollouts, places, [[rollouts[i].ids[t]] * 2 for i, t in places], 96,
+        tmp_path / "same",
+    )  # fmt: skip
     assert all(kept == (1.0, 0.0) for kept in same.values()) and list(same) == places
 
     problem = problems[0]  # a response that is just about to close a right answer: ")" instead spoils it
@@ -51,7 +52,7 @@ def test_the_same_token_changes_nothing_and_a_wrong_one_flips_the_verdict(sample
     ids = tokenizer(f"1+1=2n</think><answer>{solution}</answer>").input_ids
     right = rollout.Rollout(tokenizer(problem.prompt).input_ids, ids, [0.0] * len(ids), "", False)
     close = tokenizer(")").input_ids
-    kept = perturb.perturb(actor, tokenizer, [problem], [right], [(0, len(ids) - 1)], [close], 16)
+    kept = perturb.perturb(actor, tokenizer, [problem], [right], [(0, len(ids) - 1)], [close], 16, tmp_path / "one")
     assert kept[0, len(ids) - 1].flipped == 1.0
 
 

@@ -9,6 +9,7 @@ import torch
 
 from lab import truth, truth_tables
 from metrics import Signals
+from node.output import read_lines
 from rollout import Rollout, pad_batch
 
 CHANCE = (0.5, 1.0, 0.5, 0.3, 0.9, 0.5)  # of token 1 rather than 2 at each place; the second place is sure
@@ -57,7 +58,7 @@ def chain(tmp_path_factory):
     apart = [r._replace(prompt_ids=[-b - 1]) for b, r in enumerate(rollouts)]
     truth.continue_all(actor, lambda b, ids: right(ids), apart, 24, 6, file)
     mask = pad_batch(rollouts)[1]
-    values = truth.token_values(apart, rewards, truth.read_lines(file), 24, mask.shape)
+    values = truth.token_values(apart, rewards, read_lines(file), 24, mask.shape)
     exact = torch.zeros(mask.shape)
     for b, r in enumerate(rollouts):
         v = [true_value(tuple(r.ids[:t])) for t in range(7)]
@@ -113,7 +114,7 @@ def test_a_kill_costs_the_call_that_was_under_way(chain, tmp_path, monkeypatch):
     again = Chain()
     truth.continue_all(again, lambda b, ids: right(ids), rollouts, 4, 6, file)
     assert len(again.calls) == 2 and file.read_text().startswith("".join(whole[:3]))
-    assert {line["t"] for line in truth.read_lines(file)} == {0, 2, 3, 4, 5}
+    assert {line["t"] for line in read_lines(file)} == {0, 2, 3, 4, 5}
 
 
 def test_the_command_and_its_resume(tmp_path, capsys, monkeypatch):
