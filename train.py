@@ -247,8 +247,9 @@ def main(args: Args) -> None:
         run.say(f"{run.folder}: starting {args.engine} from {source}")
         seed = args.seed + ranks.rank()
         actor_infer = start_actor(
-            args.engine, str(source), args.max_model_len, seed, args.kv_cache_gib, model, tokenizer, True, args.dtype
-        )
+            args.engine, str(source), args.max_model_len, seed, args.kv_cache_gib, model, tokenizer,
+            sleep_mode=True, dtype=args.dtype,
+        )  # fmt: skip
     set_seed(seed)  # after the engine, which seeds the global generators too
     if state:
         actor_infer.sleep()  # restoring takes 16 bytes a weight at once

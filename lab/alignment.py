@@ -76,7 +76,7 @@ DEFAULTS = {  # of arguments that are not given: for the embedded model and what
     "max_tokens": (128, 256),
     "kv_cache_gib": (0.5, 8.0),
 }
-KINDS = 10  # tokens shown by themselves
+SHOWN = 10  # tokens shown by themselves
 
 
 @dataclass
@@ -288,7 +288,7 @@ def main(args: Args) -> None:
     text = markdown(table)
     if found:
         square, entropy = found.values.square[0].to(device), signals[""].entropy
-        kinds = torch.zeros(len(tokenizer), device=device).index_add(0, input_ids[mask], entropy[mask]).topk(KINDS)
+        kinds = torch.zeros(len(tokenizer), device=device).index_add(0, input_ids[mask], entropy[mask]).topk(SHOWN)
         rest = ~torch.isin(input_ids, kinds.indices) & mask
         rows = [["token", "of all tokens, %", "of entropy", "of ΔV²", "signal", "noise"]]
         for token in (*kinds.indices.tolist(), None):

@@ -38,7 +38,7 @@ from grpo import check_head
 from heads import attention_maps, layer_range, record, split_heads
 from lab import linkage, perturb, report, sinks, truth
 from node.output import markdown, minutes
-from node.run import new_folder, write_args
+from node.run import check_alone, new_folder, write_args
 from rollout import EMBEDDED, chat_prompts, check_length, fill_defaults, load_model, pad_batch, start_actor
 
 PAGES = 6  # responses shown on the page
@@ -166,8 +166,12 @@ def main(args: Args) -> None:
     started = time.perf_counter()
     try:
         folder = Path(args.resume) if args.resume else None
-        args, note = (truth.read_args(folder, Args), "") if folder else fill_defaults(args, DEFAULTS, args.model)
-        print(note)
+        if folder:
+            check_alone(args)
+            args = truth.read_args(folder, Args)
+        else:
+            args, note = fill_defaults(args, DEFAULTS, args.model)
+            print(note)
         for name, least in (("problems", 10), ("max_tokens", 16), ("top_k", 1), ("positions", 0), ("micro_tokens", 1)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name} {getattr(args, name)}: must be {least} or more")

@@ -128,7 +128,7 @@ class Args:
     arms: list[str] | None = HfArg(default=None, help=f"Some of: {'; '.join(ARMS)} (default: the setting's).")
     seeds: list[int] | None = HfArg(
         default=None,
-        help="A run of every arm for each (default: 0 to 4; 0 to 2 for ablations and words, else 0 and 1).",
+        help="A run of every arm for each (default: as many as the protocol has, from 0).",
     )
     folder: str = HfArg(default="lab/records", help="Where the records are.")
     report: bool = HfArg(default=False, help="Run nothing; tables and figures of all settings.")
@@ -155,15 +155,15 @@ def run(args: Args, arm: str, seed: int) -> None:
         write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
 
 
-def curves(args: Args) -> dict[str, dict[int, np.ndarray]]:
-    """By arm, then seed: [evaluations, (step, held-out success)]. Ablations stand beside round 2's first steps."""
+def curves(args: Args, what: str = "success") -> dict[str, dict[int, np.ndarray]]:
+    """By arm, then seed: [records, (step, held-out success or reward)]. Ablations: beside round 2's first steps."""
     found: dict[str, dict[int, np.ndarray]] = {}
     for arm in ARMS:
         beside = args.setting == "ablations" and arm in ("uniform", "scaled", "coupled")
         for seed in range(3 if beside else 100):
             if (path := record_of(replace(args, setting="small") if beside else args, arm, seed)).exists():
                 records = map(json.loads, path.read_text().splitlines())
-                curve = np.array([(r["step"], r["success"]) for r in records if "success" in r])
+                curve = np.array([(r["step"], r[what]) for r in records if what in r])
                 found.setdefault(arm, {})[seed] = curve[curve[:, 0] <= SHORT] if beside else curve
     return found
 
@@ -193,10 +193,10 @@ def difference(one: dict[int, np.ndarray], other: dict[int, np.ndarray]) -> tupl
     return np.stack([gaps.mean(0), ends.low, ends.high, stats.ttest_1samp(gaps, 0).pvalue], 1), len(seeds)
 
 
-def table(found: dict[str, dict[int, np.ndarray]]) -> str:
-    """The result as Markdown: an arm a line."""
+def table(found: dict[str, dict[int, np.ndarray]], rewards: dict[str, dict[int, np.ndarray]]) -> str:
+    """The result as Markdown: an arm a line. rewards, as curves gives them: of the training rollouts."""
     rows = [["arm", "seeds", "last quarter, % (sd)", "− uniform", "− scaled", "area, % (sd)", "− uniform", "− scaled",
-             "paper"]]  # fmt: skip
+             "reward, last half, %", "paper"]]  # fmt: skip
     for arm, runs in found.items():
         got = 100 * np.array([measures(c) for c in runs.values()])  # [seeds,2]
         cells = [[f"{x.mean():.1f}" + (f" ({x.std(ddof=1):.1f})" if len(x) > 1 else "")] for x in got.T]
@@ -205,7 +205,8 @@ def table(found: dict[str, dict[int, np.ndarray]]) -> str:
             for cell, gap in zip(cells, gaps):
                 text = "{:+.1f} ({:+.1f} to {:+.1f})".format(*gap) + ("*" if gap[3] < 0.05 else "")
                 cell.append("" if arm == base or count < 2 else text)
-        rows.append([arm, str(len(runs)), *cells[0], *cells[1], PAPER.get(arm, "")])
+        late = np.mean([y[x > x[-1] / 2].mean() for x, y in (curve.T for curve in rewards[arm].values())])
+        rows.append([arm, str(len(runs)), *cells[0], *cells[1], f"{100 * late:.1f}", PAPER.get(arm, "")])
     return markdown(rows)
 
 
@@ -221,8 +222,8 @@ def main(args: Args) -> None:
             print(f"run {number} of {len(todo)}: {arm}, seed {seed}", flush=True)
             run(args, arm, seed)
     for setting in SETTINGS if args.report else [args.setting]:
-        if found := curves(replace(args, setting=setting)):
-            text, figure = table(found), Path(args.folder) / f"{setting}.png"
+        if found := curves(one := replace(args, setting=setting)):
+            text, figure = table(found, curves(one, "reward")), Path(args.folder) / f"{setting}.png"
             Path(args.folder, f"{setting}.md").write_text(text + "\n")
             gaps = {a: difference(runs, found.get("uniform", {})) for a, runs in found.items() if a != "uniform"}
             report.arms_figure(found, {a: gap for a, (gap, n) in gaps.items() if n > 1}, list(MAIN), figure)

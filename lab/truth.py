@@ -36,7 +36,7 @@ import tasks
 from grpo import check_head
 from lab import truth_tables
 from node.output import minutes, read_lines, write_whole
-from node.run import new_folder
+from node.run import check_alone, new_folder
 from rollout import EMBEDDED, Rollout, check_length, fill_defaults, load_model, pad_batch, start_actor
 
 SURE = 1e-3
@@ -236,6 +236,8 @@ def main(args: Args) -> None:
     started = time.perf_counter()
     try:
         folder = Path(args.resume) if args.resume else None
+        if folder:
+            check_alone(args)
         args = read_args(folder) if folder else checked(args)
         problems = tasks.load(args.task, args.split, args.responses // args.group, args.seed, args.data)
         model, tokenizer = load_model(args.model)

@@ -234,6 +234,13 @@ def write_args(args, folder: Path) -> None:
     write_whole(folder / "args.json", json.dumps(asdict(args), indent=1))
 
 
+def check_alone(args, *allowed: str) -> None:
+    """ValueError for arguments given beside --resume, other than those allowed: it has its own."""
+    given = {name for name, value in asdict(args).items() if value != getattr(type(args)(), name)}
+    if wrong := ", ".join(f"--{name}" for name in sorted(given - {"resume", *allowed})):
+        raise ValueError(f"--resume {args.resume}: takes its arguments from there, so not {wrong} beside it")
+
+
 def resumed(args):
     """The arguments of the run in args.resume; only --steps may be another."""
     before = {"dtype": "bfloat16" if torch.cuda.is_available() else "float32"}  # of runs begun without --dtype
@@ -241,9 +248,7 @@ def resumed(args):
         saved = type(args)(**before | json.loads((Path(args.resume) / "args.json").read_text()))
     except (OSError, ValueError, TypeError) as e:
         raise ValueError(f"--resume {args.resume}: no run is there, or its args.json cannot be read ({e})") from e
-    given = {name for name, value in asdict(args).items() if value != getattr(type(args)(), name)}
-    if wrong := ", ".join(sorted(given - {"resume", "steps", "dry_run"})):
-        raise ValueError(f"--resume takes its arguments from the run; only --steps may be given beside it, not {wrong}")
+    check_alone(args, "steps", "dry_run")
     steps = saved.steps if args.steps is None else args.steps
     return replace(saved, resume=args.resume, steps=steps, dry_run=args.dry_run)
 

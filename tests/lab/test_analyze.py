@@ -92,6 +92,8 @@ def test_an_analysis_that_was_stopped_goes_on(tmp_path):
     (out / "tables.md").unlink()
     run("--resume", out)
     assert (out / "tables.md").read_text() == tables and (out / "continuations.jsonl").read_text() == rests
+    with pytest.raises(SystemExit, match=r"error: --resume .*not --problems beside it"):
+        run("--resume", out, "--problems", 20)
     with pytest.raises(SystemExit, match=r"error: .*holds no measurement of lab.analyze"):
         run("--resume", tmp_path)
 

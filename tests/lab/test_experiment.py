@@ -58,8 +58,8 @@ def test_every_arm_is_a_run_that_could_start_and_differs_in_gamma_alone():
 def test_the_committed_tables_come_from_the_committed_records():
     """Byte for byte, and every arm has the seeds that the protocol asks for."""
     for setting, (_, arms, seeds) in experiment.SETTINGS.items():
-        found = experiment.curves(experiment.Args(setting))
-        assert experiment.table(found) + "\n" == Path(f"lab/records/{setting}.md").read_text()
+        found, rewards = (experiment.curves(experiment.Args(setting), what) for what in ("success", "reward"))
+        assert experiment.table(found, rewards) + "\n" == Path(f"lab/records/{setting}.md").read_text()
         if "study" not in setting:
             assert {a: list(found[a]) for a in arms} == {a: list(range(seeds)) for a in arms}
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from scipy import stats
+from transformers import AutoTokenizer
 
 from lab import wording
-from rollout import Rollout, pad_batch
+from rollout import EMBEDDED, Rollout, pad_batch
 
 LINES = (
     "What| about| |1|4| -| |7| =| |7|,| then| |1|3| +| |7| =| |2|0|?| That| gives| |2|0|,| not| |8|5|.|\n|"
@@ -26,13 +27,11 @@ def test_kinds_of_a_trace():
 
 
 def test_marks_lie_on_the_responses_own_tokens():
-    class Letters:
-        def decode(self, ids):
-            return "ab-7= "[ids[0]]
-
-    rollouts = [Rollout([0, 0], [0, 3, 2], [0.0] * 3, "", False), Rollout([0], [5, 1, 3, 4, 3], [0.0] * 5, "", False)]
-    _, mask, _ = pad_batch(rollouts)
-    content, words = wording.marked(Letters(), rollouts, mask)
+    tok = AutoTokenizer.from_pretrained(EMBEDDED)
+    texts = (("3>", "y7-"), ("3", " n7=7"))
+    rollouts = [Rollout(*(tok(text).input_ids for text in pair), [], "", False) for pair in texts]
+    _, mask, _ = pad_batch([r._replace(logprobs=[0.0] * len(r.ids)) for r in rollouts])
+    content, words = wording.marked(tok, rollouts, mask)
     assert content.nonzero().tolist() == [[0, 3], [0, 4], [1, 3]]
     assert words.nonzero().tolist() == [[0, 2], [1, 2]]
 
