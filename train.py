@@ -91,7 +91,6 @@ class Args:
     all_heads: bool = HfArg(default=False, help="Ablation: both groups are all sampled heads.")
     lowest: bool = HfArg(default=False, help="Ablation: credit the lowest q instead of the highest.")
     on_produced: bool = HfArg(default=False, help="Ablation: credit the token a row produced, not the row's own.")
-    watch_signals: bool = HfArg(default=False, help="Log at evaluations how far heads, WAAD and FAI have moved.")
 
     steps: int | None = by_model("steps", "Training steps, one batch of rollouts each")
     prompts: int | None = by_model("prompts", "Problems in a batch")
@@ -259,9 +258,8 @@ def main(args: Args) -> None:
 
     def evaluate_held_out() -> None:
         mine = ranks.share(test_set)
-        rollouts, rewards = evaluate(actor_infer, mine, args.eval_samples, args.max_tokens)
-        rollouts, rewards = ranks.all_gather(rollouts), ranks.all_gather(rewards.tolist())
-        run.log_evaluation(rollouts, torch.tensor(rewards).mean(1))
+        _, rewards = evaluate(actor_infer, mine, args.eval_samples, args.max_tokens)
+        run.log_evaluation(torch.tensor(ranks.all_gather(rewards.tolist())).mean(1))
 
     with run.stopping_softly():
         if run.evaluation_is_due:

@@ -3,7 +3,6 @@
     python -m lab.analyze                                         the embedded model, on held-out problems
     python -m lab.analyze --model Qwen/Qwen3-4B-Base --task gsm8k
     python -m lab.analyze --resume FOLDER                         one that was stopped goes on
-    python -m lab.analyze --run runs/NAME                         the signals through a run with --watch_signals
 
 Samples a response to each problem, looks at every head's maps, and writes a folder: index.html (the responses to hover
 over, all tables, all pictures, in one file), the pictures as PNG, tables.md, and analysis.json with every figure.
@@ -51,7 +50,7 @@ DEFAULTS = {  # of arguments that are not given: for the embedded model and what
 
 @dataclass
 class Args:
-    """Look for the preplan-and-anchor rhythm in a model's attention; or, with --run, at how it fared in training."""
+    """Look for the preplan-and-anchor rhythm in a model's attention."""
 
     model: str = HfArg(default=EMBEDDED, help="Folder or hub name of a transformers checkpoint.")
     task: str | None = HfArg(
@@ -59,7 +58,6 @@ class Args:
         help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the embedded model, gsm8k for any other).",
     )
     data: str | None = HfArg(default=None, help="Local JSON, JSONL or parquet file in place of the task's dataset.")
-    run: str | None = HfArg(default=None, help="Plot what this run of train.py --watch_signals logged; nothing else.")
     problems: int = HfArg(default=70, help="Held-out problems, one response each.")
     chat: bool = HfArg(default=False, help="Put each prompt into the model's chat template (default: plain text).")
     drop_first: bool = HfArg(
@@ -143,26 +141,7 @@ def mean_maps(
     return tuple(maps[group].mean(0).numpy() for group in split_heads(spans))
 
 
-def stability(args: Args) -> None:
-    """--run: what train.py logged at its evaluations, plotted against success."""
-    log = Path(args.run) / "metrics.jsonl"
-    try:
-        records = [r for r in map(json.loads, log.read_text().splitlines()) if "stability" in r]
-    except OSError as e:
-        sys.exit(f"error: --run {args.run}: cannot read {log} ({e.strerror}); give the folder of a run of train.py")
-    if not records:
-        sys.exit(f"error: --run {args.run}: {log} has no stability record: train with --watch_signals")
-    path = Path(args.run) / "stability.png"
-    report.stability_figure(records, path)
-    rows = [["", *(f"step {r['step']}" for r in records)], ["success", *(f"{r['success']:.3f}" for r in records)]]
-    rows += [[name, *(f"{r['stability'][name]:.2f}" for r in records)] for name in records[0]["stability"]]
-    print(markdown(rows))
-    print(f"stability over {len(records)} evaluations: {path}")
-
-
 def main(args: Args) -> None:
-    if args.run:
-        return stability(args)
     started = time.perf_counter()
     try:
         folder = Path(args.resume) if args.resume else None

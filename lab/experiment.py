@@ -141,7 +141,7 @@ def record_of(args: Args, arm: str, seed: int) -> Path:
 
 
 def run(args: Args, arm: str, seed: int) -> None:
-    """One run of train.py; its records, without times and stability, are written when it is through."""
+    """One run of train.py; its records, without times, are written when it is through."""
     path = record_of(args, arm, seed)
     with tempfile.TemporaryDirectory() as folder:
         command = [

@@ -29,7 +29,6 @@ from heads import record, split_heads
 from lab import sinks
 from metrics import streamed_fai, streamed_spans, streamed_waad
 from node import precision
-from rollout import Rollout, pad_batch
 
 H_LO = 10
 PEAKS = ("prominent", "maxima", "top 20 %")
@@ -241,46 +240,3 @@ def offsets(responses: list[Response], definition: str = "prominent") -> dict[st
         for b in SERIES
         if a != b
     }
-
-
-class Stability:
-    """Follows the signals through training, always on the same held-out responses, those of the first call."""
-
-    ROWS = 32
-
-    def __init__(self, layers: list[int], quantile: float = 0.3, tokens: int = 2048, dtype: str = "auto"):
-        self.layers, self.quantile, self.how = layers, quantile, {"tokens": tokens, "dtype": dtype}
-        self.probe = self.first = None
-
-    def __call__(self, model, rollouts: list[list[Rollout]]) -> dict[str, float]:
-        """What `drift` says of the model now against the first call, whose rollouts [P][n] are kept."""
-        self.probe = self.probe or pad_batch([r[0] for r in rollouts[: self.ROWS]])[:2]
-        now = per_head(model, *(x.to(model.device) for x in self.probe), self.layers, **self.how)
-        self.first = self.first or now
-        return drift(self.first, now, self.quantile)
-
-    def state(self) -> tuple | None:
-        """What a checkpoint keeps: plain tensors."""
-        return self.first and (tuple(self.probe), tuple(self.first))
-
-    def restore(self, state: tuple | None) -> None:
-        """Go on from such a state."""
-        self.probe, self.first = (state[0], PerHead(*state[1])) if state else (None, None)
-
-
-def drift(first: PerHead, now: PerHead, quantile: float = 0.3) -> dict[str, float]:
-    """How far the signals on the same responses have moved, and whether the links still hold.
-
-    Overlap (Jaccard) of the local and of the global heads; rank correlation of WAAD and of FAI (Spearman, mean over
-    responses, each look with its own head split); the lifts of now.
-    """
-    (before, _), (after, _) = responses_of(first, quantile), responses_of(now, quantile)
-    groups = zip(split_heads(first.spans, quantile), split_heads(now.spans, quantile))
-    out = {
-        name: ((a & b).sum() / (a | b).sum()).item() for name, (a, b) in zip(("local heads", "global heads"), groups)
-    }
-    for name in ("WAAD", "FAI"):
-        pairs = [(a[name][~np.isnan(a[name])], b[name][~np.isnan(b[name])]) for a, b in zip(before, after)]
-        ranks = [stats.spearmanr(a, b).statistic for a, b in pairs if len(a) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0]
-        out[f"{name} rank correlation"] = float(np.mean(ranks)) if ranks else float("nan")
-    return out | lifts(after)

@@ -185,28 +185,6 @@ def maps_figure(
     _save(fig, path)
 
 
-def stability_figure(records: list[dict], path: Path) -> None:
-    """Through a run: success, then how far heads, WAAD and FAI have moved, then the lifts."""
-    steps = [r["step"] for r in records]
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), sharex=True)
-    left.errorbar(steps, [100 * r["success"] for r in records], [100 * r["half_width_95"] for r in records],
-                  fmt="o-", capsize=3, color="black")  # fmt: skip
-    left.set(title="held-out success, %", xlabel="step")
-    for name, style in (("local heads", "o-"), ("global heads", "s-"), ("WAAD rank correlation", "^--"),
-                        ("FAI rank correlation", "v--")):  # fmt: skip
-        label = f"{name}, overlap" if name.endswith("heads") else name
-        middle.plot(steps, [r["stability"][name] for r in records], style, label=label)
-    middle.set(title="against the first step", xlabel="step", ylim=(0, 1.05))
-    for name in PAPER_LINKS:
-        right.plot(steps, [100 * r["stability"][name] for r in records], "o-", label=name)
-    right.axhline(0, color="black", lw=0.8)
-    right.set(title="lift over random, %", xlabel="step")
-    for ax in (middle, right):
-        ax.legend(fontsize=8, loc="center")
-    fig.tight_layout()
-    _save(fig, path)
-
-
 def arms_figure(
     found: dict[str, dict[int, np.ndarray]], gaps: dict[str, np.ndarray], main: list[str], path: Path
 ) -> None:

@@ -176,7 +176,7 @@ def read_args(folder: str | Path, kind: type = Args):
     try:
         return kind(**json.loads((Path(folder) / "args.json").read_text()))
     except (OSError, TypeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{folder}: holds no measurement of {kind.__module__} ({type(e).__name__}: {e})") from e
+        raise ValueError(f"{folder}: has no args.json that this can read ({type(e).__name__}: {e})") from e
 
 
 def write_rollouts(folder: Path, rollouts: list[Rollout], rewards: list[float]) -> None:

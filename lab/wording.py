@@ -11,6 +11,8 @@ one kind and not on the other. For each signal, among tokens of entropy above 0.
     AUC     the chance that it is higher at a content token than at a wording token of the same response; 0.5: it cannot
             tell; mean over responses that have both
     shares  what part of each kind is among a response's 40 % of highest signal
+    held    how much of the content's dV^2 (lab/truth.py) its own 40 % of highest signal hold: does the signal know
+            which content decides, or only what is content? A random choice holds a little over 40 %.
 
 Intervals: 95 % bootstrap over problems.
 """
@@ -28,7 +30,7 @@ from transformers.hf_argparser import HfArg
 
 import credit
 from lab import truth
-from lab.truth_tables import CHOICE, Bootstrap, on_cpu, scores, signals_of, without_first
+from lab.truth_tables import CHOICE, Bootstrap, held, on_cpu, scores, signals_of, without_first
 from metrics import Signals
 from node.output import markdown
 from rollout import load_model, pad_batch
@@ -100,15 +102,21 @@ def auc(x: np.ndarray, content: np.ndarray) -> float:
     return (stats.rankdata(x)[content].sum() - n * (n + 1) / 2) / (n * m)
 
 
-def table(signals: dict[str, Tensor], content: Tensor, wording: Tensor, mask: Tensor, bootstrap: Bootstrap) -> list:
-    """A line for each signal [B,N]: its AUC, and the share of either kind (bool) among the highest 40 %."""
+def table(
+    signals: dict[str, Tensor], content: Tensor, wording: Tensor, mask: Tensor, square: Tensor | None, bootstrap
+) -> list[list[str]]:
+    """A line for each signal [B,N]: its AUC, the share of either kind (bool) among the highest 40 %, and of content's
+    dV^2 (`square`, if it was measured) in the content's own highest 40 %."""
     rows = [["signal", "AUC", "content in the highest 40 %", "wording in the highest 40 %"]]
+    rows[0] += [] if square is None else ["of content's ΔV² in its highest 40 %"]
     for name, x in signals.items():
         each = np.array([auc(row[c | w].numpy(), c[c | w].numpy()) for row, c, w in zip(x, content, wording)])
         both = ~np.isnan(each)
         cells = [bootstrap.ratio(np.where(both, each, 0), both)]
         top = credit.top_q(x, mask, 0.4)
         cells += [bootstrap.ratio((top & kind).sum(1), kind.sum(1)) for kind in (content, wording)]
+        if square is not None:
+            cells.append(held(credit.top_q(x, content, 0.4).float(), square, content, bootstrap))
         rows.append([name, "{:.2f} ({:.2f} to {:.2f})".format(*cells[0]),
                      *("{:.0f} % ({:.0f} to {:.0f})".format(*(100 * v for v in c)) for c in cells[1:])])  # fmt: skip
     return rows
@@ -141,11 +149,11 @@ def main(args: Args) -> None:
     untrained, mask = on_cpu(signals_of(fresh, input_ids, mask)), mask.cpu()
     content, wording = marked(tokenizer, found.rollouts, mask) & (signals.entropy > CHOICE)
     bootstrap = Bootstrap(torch.arange(len(mask)) // found.args.group)
-    print(markdown(table(look(signals, first_out, untrained, mask), content, wording, mask, bootstrap)))
+    square = found.values.square[0] if found.values else None
+    print(markdown(table(look(signals, first_out, untrained, mask), content, wording, mask, square, bootstrap)))
     for name, at in zip(KINDS, (content, wording)):
         says = f"\n{name}: {at.sum()} choices of {mask.sum()} tokens, mean entropy {signals.entropy[at].mean():.2f}"
-        if found.values:
-            square = found.values.square[0]
+        if square is not None:
             share = bootstrap.ratio((square * at).sum(1), (square * mask).sum(1))
             says += ", {:.0f} % ({:.0f} to {:.0f}) of ΔV²".format(*(100 * x for x in share))
         print(says)

@@ -128,7 +128,7 @@ def load(args, source: str | Path, device: torch.device):
     train_set, test_set = load_problems(args, tokenizer)
     model = load_sharded(str(source), device, args.dtype)
     check_head(model)
-    if args.credit in NEED_ATTENTION or args.watch_signals:
+    if args.credit in NEED_ATTENTION:
         ids = torch.tensor([[0, 1, 2]], device=device)
         layers = layer_range(model.config.get_text_config().num_hidden_layers, args.layers)
         split_heads(measure_spans(model, ids, ids > 0, layers), args.head_quantile)

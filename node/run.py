@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval import mean_interval
-from heads import Heads, layer_range
+from heads import Heads
 from node import checkpoint, ranks
 from node.output import minutes, write_whole
 
@@ -58,18 +58,11 @@ class Run:
         self.folder = Path(ranks.from_rank_0(folder))
         if ranks.rank() == 0:
             write_args(args, self.folder)  # a resumed run may have been given more steps
-        state = state or {"step": 0, "position": 0, "first": None, "skips": 0, "heads": None, "watch": None}
+        state = state or {"step": 0, "position": 0, "first": None, "skips": 0, "heads": None}
         self.step, self.position, self.skips = state["step"], state["position"], state["skips"]
         self.first = state["first"]  # held-out success of each problem before training
         device = next(model.parameters()).device
         self.heads = state["heads"] and Heads(state["heads"][0], *(x.to(device) for x in state["heads"][1:]))
-        self.watch = None
-        if args.watch_signals:
-            from lab.linkage import Stability
-
-            layers = layer_range(model.config.get_text_config().num_hidden_layers, args.layers)
-            self.watch = Stability(layers, args.head_quantile, args.micro_tokens, args.dtype)
-            self.watch.restore(state["watch"])
         self.log = Log(self.folder, self.step if args.resume else None)
         self.evaluation_is_due = self._evaluates_here() or self.log.lost_evaluation
 
@@ -140,14 +133,11 @@ class Run:
                 f"made. Lower --lr, or go on from the last checkpoint. See {self.log.path}"
             )
 
-    def log_evaluation(self, rollouts: list[list], success: Tensor) -> None:
+    def log_evaluation(self, success: Tensor) -> None:
         """Log held-out success, [P] mean rewards of the problems, and draw the curve."""
         self.evaluation_is_due = False
         mean, half = mean_interval(success)
-        record = {"step": self.step, "success": mean, "half_width_95": half}
-        if self.watch:
-            record["stability"] = self.watch(self.model, rollouts)
-        self.log(record)
+        self.log({"step": self.step, "success": mean, "half_width_95": half})
         if ranks.rank() == 0:
             plot(self.folder, self.log.records)
         if self.first is None:
@@ -159,7 +149,7 @@ class Run:
         """A checkpoint of this moment; when it cannot be written, the run ends."""
         state = {
             "step": self.step, "position": self.position, "first": self.first, "skips": self.skips,
-            "heads": self.heads and tuple(self.heads), "watch": self.watch and self.watch.state(),
+            "heads": self.heads and tuple(self.heads),
         }  # fmt: skip
         with ranks.errors_in_one_line():
             checkpoint.save(self.folder, state, self.model, self.tokenizer, self.optimizer, self.args.keep)

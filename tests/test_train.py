@@ -33,13 +33,11 @@ def tiny_args(**changes):
 
 @pytest.mark.vllm
 def test_a_run_with_vllm(tmp_path, capsys):
-    run("--out", tmp_path / "run", "--eval_every", 2, "--watch_signals")
+    run("--out", tmp_path / "run", "--eval_every", 2)
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.startswith("held-out success") and "interval" in last and last.endswith(str(tmp_path / "run"))
     log = records(tmp_path / "run")
     assert [r["step"] for r in log if "success" in r] == [0, 2, 3]
-    stability = [r["stability"] for r in log if "success" in r]
-    assert stability[0]["local heads"] == 1 and 0.7 < stability[2]["FAI rank correlation"] < 1
     steps = [r for r in log if "reward" in r]
     assert [r["step"] for r in steps] == [1, 2, 3]
     for r in steps:
@@ -142,14 +140,11 @@ def test_the_split_is_measured_on_the_batch_even_if_all_groups_are_equal(sampled
 
 def test_a_run_repeats_itself_and_micro_batches_do_not_matter(tmp_path):
     for name, micro in (("a", 2048), ("b", 2048), ("c", 300)):
-        how = ["--engine", "torch", "--micro_tokens", micro, "--heads_every", 1, "--watch_signals"]
+        how = ["--engine", "torch", "--micro_tokens", micro, "--heads_every", 1]
         how += ["--steps", 2, "--max_tokens", 64, "--eval_problems", 4]
         run("--out", tmp_path / name, *how)
-    dropped = ("seconds", "tokens_per_s", "stability")
-    a, b, c = (
-        [{k: v for k, v in r.items() if k not in dropped} | r.get("stability", {}) for r in records(tmp_path / x)]
-        for x in "abc"
-    )
+    dropped = ("seconds", "tokens_per_s")
+    a, b, c = ([{k: v for k, v in r.items() if k not in dropped} for r in records(tmp_path / x)] for x in "abc")
     assert a == b
     for x, y in zip(a, c):
         assert x == pytest.approx(y, abs=2e-3), "the same but for rounding"

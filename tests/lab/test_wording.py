@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from transformers import AutoTokenizer
 
 from lab import wording
+from lab.truth_tables import Bootstrap
 from rollout import EMBEDDED, Rollout, pad_batch
 
 LINES = (
@@ -42,6 +44,17 @@ def test_auc_is_that_of_all_pairs():
     want = stats.mannwhitneyu(x[content], x[~content]).statistic / (content.sum() * (~content).sum())
     assert wording.auc(x, content) == pytest.approx(want)
     assert np.isnan(wording.auc(x, np.ones(40, dtype=bool)))
+
+
+def test_what_content_holds_of_its_own_value():
+    """Two responses of five content tokens: their highest 40 % are two of them, whatever the words around them are."""
+    content = torch.tensor([[1, 1, 1, 1, 1, 0, 0]] * 2).bool()
+    x = torch.tensor([[5.0, 4, 3, 2, 1, 9, 9], [1, 2, 3, 4, 5, 9, 9]])
+    square = torch.tensor([[1.0, 2, 3, 4, 5, 50, 50], [1, 1, 1, 1, 1, 50, 50]])
+    arms = content, ~content, torch.ones_like(content)
+    head, row = wording.table({"FAI": x}, *arms, square, Bootstrap(torch.arange(2)))
+    assert row[head.index("of content's ΔV² in its highest 40 %")].startswith("25 %")  # (1 + 2 + 1 + 1) / (15 + 5)
+    assert len(wording.table({"FAI": x}, *arms, None, Bootstrap(torch.arange(2)))[1]) == 4
 
 
 def test_another_task_has_no_choice_of_words():
