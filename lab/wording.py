@@ -11,8 +11,11 @@ one kind and not on the other. For each signal, among tokens of entropy above 0.
     AUC     the chance that it is higher at a content token than at a wording token of the same response; 0.5: it cannot
             tell; mean over responses that have both
     shares  what part of each kind is among a response's 40 % of highest signal
-    held    how much of the content's dV^2 (lab/truth.py) its own 40 % of highest signal hold: does the signal know
-            which content decides, or only what is content? A random choice holds a little over 40 %.
+    worth   mean dV^2 (lab/truth.py) of the content among those over that of all content: does the signal know which
+            content decides? 1: at most it knows what is content
+
+A second table says of each part of the content, and of the wording, what it holds of all dV^2 and how much of it the
+credits choose.
 
 Intervals: 95 % bootstrap over problems.
 """
@@ -36,6 +39,7 @@ from node.output import markdown
 from rollout import load_model, pad_batch
 
 KINDS = ("content", "wording")
+PARTS = {"operators": r"[-+*/]", "numbers": r"\d+", "to go on or to end": r"|.*</.*"}  # of the content, by their text
 
 
 @dataclass
@@ -103,23 +107,39 @@ def auc(x: np.ndarray, content: np.ndarray) -> float:
 
 
 def table(
-    signals: dict[str, Tensor], content: Tensor, wording: Tensor, mask: Tensor, square: Tensor | None, bootstrap
+    signals: dict[str, Tensor], content: Tensor, wording: Tensor, mask: Tensor, square: Tensor, draws: Bootstrap
 ) -> list[list[str]]:
-    """A line for each signal [B,N]: its AUC, the share of either kind (bool) among the highest 40 %, and of content's
-    dV^2 (`square`, if it was measured) in the content's own highest 40 %."""
-    rows = [["signal", "AUC", "content in the highest 40 %", "wording in the highest 40 %"]]
-    rows[0] += [] if square is None else ["of content's ΔV² in its highest 40 %"]
+    """A line for each signal [B,N]: its AUC, the share of either kind (bool) among its highest 40 %, and the mean dV^2
+    (square) of the content there over that of all content."""
+    rows = [["signal", "AUC", *(f"{kind} in the highest 40 %" for kind in KINDS), "worth of that content"]]
     for name, x in signals.items():
         each = np.array([auc(row[c | w].numpy(), c[c | w].numpy()) for row, c, w in zip(x, content, wording)])
         both = ~np.isnan(each)
-        cells = [bootstrap.ratio(np.where(both, each, 0), both)]
         top = credit.top_q(x, mask, 0.4)
-        cells += [bootstrap.ratio((top & kind).sum(1), kind.sum(1)) for kind in (content, wording)]
-        if square is not None:
-            cells.append(held(credit.top_q(x, content, 0.4).float(), square, content, bootstrap))
-        rows.append([name, "{:.2f} ({:.2f} to {:.2f})".format(*cells[0]),
-                     *("{:.0f} % ({:.0f} to {:.0f})".format(*(100 * v for v in c)) for c in cells[1:])])  # fmt: skip
+        shares = [percent(draws.ratio((top & kind).sum(1), kind.sum(1))) for kind in (content, wording)]
+        means = [draws.sums((square * at).sum(1)) / draws.sums(at.sum(1)) for at in (top & content, content)]
+        found = draws.ratio(np.where(both, each, 0), both), draws.interval(means[0] / means[1])
+        chance, worth = ("{:.2f} ({:.2f} to {:.2f})".format(*x) for x in found)
+        rows.append([name, chance, *shares, worth])
     return rows
+
+
+def parts_table(
+    signals: dict[str, Tensor], parts: dict[str, Tensor], entropy: Tensor, mask: Tensor, square: Tensor,
+    draws: Bootstrap,
+) -> list[list[str]]:  # fmt: skip
+    """A line for each part (bool [B,N]): number, mean entropy, share of dV^2, and what each signal credits of it."""
+    rows = [["choices", "number", "mean entropy", "of ΔV²", *(f"in the highest 40 % by {name}" for name in signals)]]
+    for name, at in parts.items():
+        cells = [f"{at.sum():,}", f"{entropy[at].mean():.2f}", percent(held(at.float(), square, mask, draws))]
+        tops = (credit.top_q(x, mask, 0.4) & at for x in signals.values())
+        rows.append([name, *cells, *(percent(draws.ratio(top.sum(1), at.sum(1))) for top in tops)])
+    return rows
+
+
+def percent(x: list[float]) -> str:
+    """[value, low, high] as text."""
+    return "{:.0f} % ({:.0f} to {:.0f})".format(*(100 * v for v in x))
 
 
 def look(signals: Signals, first_out: Signals, untrained: Signals, mask: Tensor) -> dict[str, Tensor]:
@@ -138,6 +158,8 @@ def main(args: Args) -> None:
         found = truth.read(args.truth)
         if found.args.task != "countdown-words":
             raise ValueError(f"--truth {args.truth}: its task is {found.args.task}, which has no choice of words")
+        if found.values is None:
+            raise ValueError(f"--truth {args.truth}: not at its end: python -m lab.truth --resume {args.truth}")
         model, tokenizer = load_model(found.args.model)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
@@ -148,15 +170,14 @@ def main(args: Args) -> None:
     fresh = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).to(model.device).eval()
     untrained, mask = on_cpu(signals_of(fresh, input_ids, mask)), mask.cpu()
     content, wording = marked(tokenizer, found.rollouts, mask) & (signals.entropy > CHOICE)
-    bootstrap = Bootstrap(torch.arange(len(mask)) // found.args.group)
-    square = found.values.square[0] if found.values else None
-    print(markdown(table(look(signals, first_out, untrained, mask), content, wording, mask, square, bootstrap)))
-    for name, at in zip(KINDS, (content, wording)):
-        says = f"\n{name}: {at.sum()} choices of {mask.sum()} tokens, mean entropy {signals.entropy[at].mean():.2f}"
-        if square is not None:
-            share = bootstrap.ratio((square * at).sum(1), (square * mask).sum(1))
-            says += ", {:.0f} % ({:.0f} to {:.0f}) of ΔV²".format(*(100 * x for x in share))
-        print(says)
+    draws, square = Bootstrap(torch.arange(len(mask)) // found.args.group), found.values.square[0]
+    looks = look(signals, first_out, untrained, mask)
+    print(markdown(table(looks, content, wording, mask, square, draws)) + "\n")
+    texts = [tokenizer.decode([t]).strip() for t in range(len(tokenizer))]
+    of = {name: torch.tensor([bool(re.fullmatch(form, text)) for text in texts]) for name, form in PARTS.items()}
+    parts = {name: content & at[input_ids.cpu()] for name, at in of.items()} | {"all content": content}
+    chosen = {name: looks[name] for name in ("FAI", "change of WAAD", "entropy")}
+    print(markdown(parts_table(chosen, parts | {"wording": wording}, signals.entropy, mask, square, draws)))
     print(f"\n{len(mask)} responses: {args.truth}")
 
 

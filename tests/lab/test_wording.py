@@ -46,15 +46,18 @@ def test_auc_is_that_of_all_pairs():
     assert np.isnan(wording.auc(x, np.ones(40, dtype=bool)))
 
 
-def test_what_content_holds_of_its_own_value():
-    """Two responses of five content tokens: their highest 40 % are two of them, whatever the words around them are."""
+def test_what_the_credited_content_is_worth():
+    """Two responses of five content tokens and two words: of each three are chosen, both words and one content."""
     content = torch.tensor([[1, 1, 1, 1, 1, 0, 0]] * 2).bool()
     x = torch.tensor([[5.0, 4, 3, 2, 1, 9, 9], [1, 2, 3, 4, 5, 9, 9]])
     square = torch.tensor([[1.0, 2, 3, 4, 5, 50, 50], [1, 1, 1, 1, 1, 50, 50]])
-    arms = content, ~content, torch.ones_like(content)
-    head, row = wording.table({"FAI": x}, *arms, square, Bootstrap(torch.arange(2)))
-    assert row[head.index("of content's ΔV² in its highest 40 %")].startswith("25 %")  # (1 + 2 + 1 + 1) / (15 + 5)
-    assert len(wording.table({"FAI": x}, *arms, None, Bootstrap(torch.arange(2)))[1]) == 4
+    mask, draws = torch.ones_like(content), Bootstrap(torch.arange(2))
+    head, row = wording.table({"FAI": x}, content, ~content, mask, square, draws)
+    assert row[head.index("worth of that content")].startswith("0.50 ")  # (1 + 1) / 2 over (15 + 5) / 10
+    parts = {"content": content, "words": ~content}
+    head, first, last = wording.parts_table({"FAI": x}, parts, torch.ones_like(x), mask, square, draws)
+    assert first[:3] == ["content", "10", "1.00"] and first[3].startswith("9 %") and last[3].startswith("91 %")
+    assert first[4].startswith("20 %") and last[4].startswith("100 %")
 
 
 def test_another_task_has_no_choice_of_words():
