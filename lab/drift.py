@@ -23,7 +23,6 @@ from transformers.hf_argparser import HfArg
 import train
 from heads import layer_range, split_heads
 from lab import linkage, report, truth
-from lab.linkage import PerHead, responses_of
 from node import checkpoint, prepare
 from node.output import markdown, minutes
 from rollout import load_model, pad_batch, start_actor
@@ -31,23 +30,21 @@ from rollout import load_model, pad_batch, start_actor
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RESPONSES = 128
-
-
 @dataclass
 class Args:
     """Compare the attention of a run's checkpoints with that of the model before training."""
 
     run: str = HfArg(help="Folder of a run of train.py; its checkpoints are those that --keep has left.")
+    responses: int = HfArg(default=128, help="To as many of its held-out problems.")
 
 
-def drift(first: PerHead, now: PerHead, quantile: float = 0.3) -> dict[str, float]:
+def drift(first: linkage.PerHead, now: linkage.PerHead, quantile: float = 0.3) -> dict[str, float]:
     """How far the signals on the same responses have moved, and whether the links still hold.
 
     Overlap (Jaccard) of the local and of the global heads; rank correlation of WAAD and of FAI (Spearman, mean over
     responses, each look with its own head split); the lifts of now.
     """
-    (before, _), (after, _) = responses_of(first, quantile), responses_of(now, quantile)
+    (before, _), (after, _) = (linkage.responses_of(looks, quantile) for looks in (first, now))
     groups = zip(split_heads(first.spans, quantile), split_heads(now.spans, quantile))
     out = {
         name: ((a & b).sum() / (a | b).sum()).item() for name, (a, b) in zip(("local heads", "global heads"), groups)
@@ -92,7 +89,7 @@ def main(args: Args) -> None:
         records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         evaluations = [r for r in records if "success" in r]
         model, tokenizer = load_model(run.model)
-        problems = prepare.load_problems(run, tokenizer)[1][:RESPONSES]
+        problems = prepare.load_problems(run, tokenizer)[1][: args.responses]
         actor = start_actor(
             run.engine, run.model, run.max_model_len, run.seed, run.kv_cache_gib, model, tokenizer, dtype=run.dtype
         )
@@ -104,7 +101,7 @@ def main(args: Args) -> None:
     layers = layer_range(model.config.get_text_config().num_hidden_layers, run.layers)
     input_ids, mask, _ = (x.to(model.device) for x in pad_batch([r for (r,) in groups]))
 
-    def look(whose) -> PerHead:
+    def look(whose) -> linkage.PerHead:
         return linkage.per_head(whose, input_ids, mask, layers, run.micro_tokens, dtype=run.dtype)
 
     first = look(model)
