@@ -30,6 +30,7 @@ from rollout import load_model, pad_batch, start_actor
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+
 @dataclass
 class Args:
     """Compare the attention of a run's checkpoints with that of the model before training."""

@@ -223,7 +223,8 @@ def regression(signals: Signals, values, mask: Tensor, bootstrap: Bootstrap) -> 
     return [*rows, ["R²", *(f"{fit:.4f}" for fit in fits)]]
 
 
-def _cell(x, percent: bool) -> str:
+def cell(x, percent: bool) -> str:
+    """A share, or [value, low, high], as text; None as nothing."""
     if x is None or isinstance(x, str):
         return x or ""
     if isinstance(x, float):
@@ -246,26 +247,26 @@ def tables(found, model, signals: Signals, input_ids: Tensor, mask: Tensor) -> d
         "Share of ΔV² held by the chosen tokens": [
             ["chosen by", *(f"highest {q:.0%}" for q in SHARES), f"lowest {share}", f"highest {share}, moved to the "
              "token produced", "tokens chosen"],
-            *[[row[0], *(_cell(x, True) for x in row[1:])] for row in main],
+            *[[row[0], *(cell(x, True) for x in row[1:])] for row in main],
         ]
     }  # fmt: skip
     choice = mask & (signals.entropy > CHOICE)
-    holds = _cell(held(choice.float(), square, mask, bootstrap), True)
+    holds = cell(held(choice.float(), square, mask, bootstrap), True)
     part = f"{100 * choice.sum() / mask.sum():.0f} % of the tokens, {holds} of ΔV²"
     out[f"Among the choices alone: entropy above {CHOICE} nats, {part}"] = [
         ["chosen by", f"share of their ΔV² in the highest {share}", "rank correlation with ΔV²", "ΔV² over that of "
          "matched others"],
-        *[[row[0], _cell(row[1], True), *(_cell(x, False) for x in row[2:])] for row in
+        *[[row[0], cell(row[1], True), *(cell(x, False) for x in row[2:])] for row in
           choice_table(signals, values, mask, bootstrap)],
     ]  # fmt: skip
     out["Does attention add to entropy? Weights of ranks in ΔV², choices alone"] = [
         ["rank of", "alone", "with FAI", "with the change of WAAD", "all"],
-        *[[row[0], *(_cell(x, False) for x in row[1:])] for row in regression(signals, values, mask, bootstrap)],
+        *[[row[0], *(cell(x, False) for x in row[1:])] for row in regression(signals, values, mask, bootstrap)],
     ]
     out[f"Right and wrong responses apart, highest {share}"] = [
         ["chosen by", "right responses", "wrong responses"],
         *[
-            [name, *(_cell(held(chosen(name, signals, mask, SHARES[-1]), square, mask * side[:, None], bootstrap), True)
+            [name, *(cell(held(chosen(name, signals, mask, SHARES[-1]), square, mask * side[:, None], bootstrap), True)
                      for side in (rewards == 1, rewards == 0))]
             for name in NAMES
         ],
@@ -286,7 +287,7 @@ def tables(found, model, signals: Signals, input_ids: Tensor, mask: Tensor) -> d
         cells = [held(chosen(k, other, mask, SHARES[-1]), square, mask, bootstrap) for k in kinds]
         cells += [held(credit.top_q(scores(other, mask)[k], choice, SHARES[-1]).float(), square, choice, bootstrap)
                   for k in kinds[:2]]  # fmt: skip
-        rows.append([way, *(_cell(x, True) for x in cells)])
+        rows.append([way, *(cell(x, True) for x in cells)])
     heads = [*kinds, *(f"{k}, choices alone" for k in kinds[:2])]
     out[f"Other layers and head splits, highest {share}"] = [["signals from", *heads], *rows]
     return out

@@ -33,7 +33,7 @@ from transformers.hf_argparser import HfArg
 
 import credit
 from lab import truth
-from lab.truth_tables import CHOICE, Bootstrap, held, on_cpu, scores, signals_of, without_first
+from lab.truth_tables import CHOICE, Bootstrap, cell, held, on_cpu, scores, signals_of, without_first
 from metrics import Signals
 from node.output import markdown
 from rollout import load_model, pad_batch
@@ -116,11 +116,10 @@ def table(
         each = np.array([auc(row[c | w].numpy(), c[c | w].numpy()) for row, c, w in zip(x, content, wording)])
         both = ~np.isnan(each)
         top = credit.top_q(x, mask, 0.4)
-        shares = [percent(draws.ratio((top & kind).sum(1), kind.sum(1))) for kind in (content, wording)]
+        shares = [cell(draws.ratio((top & kind).sum(1), kind.sum(1)), True) for kind in (content, wording)]
         means = [draws.sums((square * at).sum(1)) / draws.sums(at.sum(1)) for at in (top & content, content)]
-        found = draws.ratio(np.where(both, each, 0), both), draws.interval(means[0] / means[1])
-        chance, worth = ("{:.2f} ({:.2f} to {:.2f})".format(*x) for x in found)
-        rows.append([name, chance, *shares, worth])
+        chance, worth = draws.ratio(np.where(both, each, 0), both), draws.interval(means[0] / means[1])
+        rows.append([name, cell(chance, False), *shares, cell(worth, False)])
     return rows
 
 
@@ -131,15 +130,10 @@ def parts_table(
     """A line for each part (bool [B,N]): number, mean entropy, share of dV^2, and what each signal credits of it."""
     rows = [["choices", "number", "mean entropy", "of ΔV²", *(f"in the highest 40 % by {name}" for name in signals)]]
     for name, at in parts.items():
-        cells = [f"{at.sum():,}", f"{entropy[at].mean():.2f}", percent(held(at.float(), square, mask, draws))]
+        cells = [f"{at.sum():,}", f"{entropy[at].mean():.2f}", cell(held(at.float(), square, mask, draws), True)]
         tops = (credit.top_q(x, mask, 0.4) & at for x in signals.values())
-        rows.append([name, *cells, *(percent(draws.ratio(top.sum(1), at.sum(1))) for top in tops)])
+        rows.append([name, *cells, *(cell(draws.ratio(top.sum(1), at.sum(1)), True) for top in tops)])
     return rows
-
-
-def percent(x: list[float]) -> str:
-    """[value, low, high] as text."""
-    return "{:.0f} % ({:.0f} to {:.0f})".format(*(100 * v for v in x))
 
 
 def look(signals: Signals, first_out: Signals, untrained: Signals, mask: Tensor) -> dict[str, Tensor]:

@@ -33,14 +33,14 @@ def test_drift_is_none_for_the_same_look_and_large_for_another_model():
 def test_a_run_is_looked_at_checkpoint_by_checkpoint(tmp_path, capsys):
     out = tmp_path / "run"
     run("--engine", "torch", "--steps", 2, "--save_every", 1, "--lr", 5e-3, "--out", out)
-    drift.main(drift.Args(run=str(out)))
+    drift.main(drift.Args(run=str(out), responses=8))
     lines = capsys.readouterr().out.strip().splitlines()
     table = {cells[1].strip(): cells[2:-1] for line in lines if line[0] == "|" and (cells := line.split("|"))}
     assert [head.strip() for head in table[""]] == ["step 0", "step 1", "step 2"]
     for name in ("WAAD rank correlation", "FAI rank correlation"):
         start, one, two = map(float, table[name])
         assert start == 1 and 0.3 < two < 1 and two <= one, "farther at every step, on the same responses"
-    assert lines[-1].startswith("2 checkpoints on 16 responses") and lines[-1].endswith(str(out / "drift.png"))
+    assert lines[-1].startswith("2 checkpoints on 8 responses") and lines[-1].endswith(str(out / "drift.png"))
     assert (out / "drift.png").stat().st_size > 5000
 
 
