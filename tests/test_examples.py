@@ -152,12 +152,21 @@ def test_the_command_trains_and_ends_with_what_it_reached(capsys, monkeypatch):
 
 
 OWN_STEP = """
+make_update, ended = update, []
+def update(model, optimizer, ids, mask, *rest):
+    for row, at in zip(ids, mask):
+        found = torch.isin(row[at], ENDS)
+        assert not found[:-1].any(), "what follows an end is padding"
+        ended.append(found[-1].item())
+    return make_update(model, optimizer, ids, mask, *rest)
+
 torch.manual_seed(0)
 before = [p.detach().clone() for p in model.parameters()]
 questions = ["3 7 5>38\\n<think>", "10 12 5>27\\n<think>"]
 done = [training_step(questions, lambda question, text: text.count(question[0])) for _ in range(2)]
 assert all(d["grad_norm"] > 0 and d["skipped"] == 0 for d in done), done
 assert any(not torch.equal(p, q) for p, q in zip(before, model.parameters()))
+assert any(ended) and len(ENDS) == 2
 import sys
 print(*{name.split(".")[0] for name in sys.modules})
 """
@@ -167,7 +176,13 @@ def test_the_readmes_step_runs_in_a_folder_with_the_four_files(tmp_path):
     (step,) = re.findall(r"```python\n(.*?)```", (ROOT / "examples" / "README.md").read_text(), re.DOTALL)
     name, tokens = '"Qwen/Qwen3-0.6B"', "max_new_tokens=256"
     assert name in step and tokens in step
-    step = step.replace(name, repr(str(ROOT / rollout.EMBEDDED))).replace(tokens, "max_new_tokens=24")
+    model, tokenizer = rollout.load_model(str(ROOT / rollout.EMBEDDED))
+    line_break = tokenizer("\n").input_ids[0]  # ends a response and pads it, as one of the ends of Qwen3 does
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, line_break]
+    model.generation_config.pad_token_id = line_break
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    step = step.replace(name, repr(str(tmp_path / "model"))).replace(tokens, "max_new_tokens=24")
     for module in ("heads", "metrics", "credit", "grpo"):
         (tmp_path / f"{module}.py").write_text((ROOT / f"{module}.py").read_text())
     (tmp_path / "own.py").write_text(step + OWN_STEP)
