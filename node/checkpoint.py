@@ -115,7 +115,8 @@ def save(folder: Path, state: dict, model, tokenizer, optimizer, keep: int) -> N
             making.mkdir()
             model.config.save_pretrained(making)
             if model.generation_config:
-                model.generation_config.save_pretrained(making)
+                # As it is: save_pretrained refuses what some models come with, a temperature without do_sample, say.
+                model.generation_config.to_json_file(making / "generation_config.json")
             tokenizer.save_pretrained(making)
             torch.save(state, making / "trainer.pt")
         _save_weights(model, making)

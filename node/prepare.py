@@ -101,8 +101,9 @@ def print_plan(args) -> None:
     """--dry_run: say what would be done, from the model's configuration, tokenizer and data alone."""
     train_set, test_set = load_problems(args, load_tokenizer(args.model, args.max_model_len))
     shape, world = AutoConfig.from_pretrained(args.model), ranks.world_size()
+    longest_pass = max(args.micro_tokens, args.max_model_len)  # a row is never split
     gib = memory.estimate(
-        shape, world, args.micro_tokens, args.kv_cache_gib, 4 if args.dtype == "float32" else 2,
+        shape, world, longest_pass, args.kv_cache_gib, 4 if args.dtype == "float32" else 2,
         args.gradient_checkpointing,
     )  # fmt: skip
     ranks.say(

@@ -103,7 +103,7 @@ def reshard(model) -> None:
 
 
 def named_weights(model) -> Iterator[tuple[str, Tensor]]:
-    """Every weight by name, whole, one at a time: no device ever holds more than one besides its shards."""
+    """Every weight by name, whole, one at a time. (vLLM keeps the parts of a fused layer until the last has come.)"""
     for name, p in model.named_parameters():
         yield name, whole(p)
 

@@ -22,8 +22,10 @@ def first_difference(actor_infer, model, generator: torch.Generator, count: int 
     if not hasattr(actor_infer, "llm"):
         return None
     weights = dict(model.named_parameters()) | {"lm_head.weight": model.get_output_embeddings().weight}
-    found = None
-    for name, parts in _drawn(comparable(actor_infer, weights), generator, count):
+    pairs, found = comparable(actor_infer, weights), None
+    if not pairs:
+        ranks.fail(f"vLLM names no weight of {type(model).__name__} as the trainer does: a reload could not be checked")
+    for name, parts in _drawn(pairs, generator, count):
         want = torch.cat([ranks.whole(weights[part]) for part in parts])
         columns = None
         if want.ndim == 2:

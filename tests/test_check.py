@@ -128,6 +128,10 @@ def test_one_wrong_tensor_is_named(loop, monkeypatch):
     loop.actor.reload(loop.model)
     found = [reload.first_difference(loop.actor, loop.model, generator) for _ in range(3)]
     assert found == [None] * 3
+    with monkeypatch.context() as other:
+        other.setattr(reload, "comparable", lambda *args: [])
+        with pytest.raises(SystemExit, match="names no weight of Qwen3ForCausalLM as the trainer does"):
+            reload.first_difference(loop.actor, loop.model, generator)
     pairs = reload.comparable(loop.actor, dict(loop.model.named_parameters()))
     assert len(pairs) == 2 + 12 * 8 and all(parts for _, parts in pairs)
 
@@ -169,6 +173,17 @@ def test_a_failing_check_is_counted_and_the_others_go_on(monkeypatch, capsys):
     monkeypatch.setattr(check, "versions", lambda args: "well")
     check.main(ARGS)
     assert "all 9 checks passed" in capsys.readouterr().out
+    begun = []
+
+    def no_engine(args):
+        begun.append(args)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(check, "Loop", no_engine)
+    with pytest.raises(SystemExit, match=r"3 of 9 checks failed in .*: two steps, reload, cost of the credit"):
+        check.main(ARGS)
+    out = capsys.readouterr().out
+    assert len(begun) == 1 and "RuntimeError: no memory" in out and out.count("could not be started") == 2
 
 
 def test_the_step_stops_at_once_when_the_reload_is_taken_away(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +77,8 @@ def test_in_bfloat16_the_first_steps_say_what_gap_is_too_large():
     for step, limit in ((1, 0.3), (3, 0.3), (4, 0.1), (9, 0.1)):
         state = type("Run", (), {"log": log, "args": args, "step": step})
         assert node_run.Run.gap_limit(state) == pytest.approx(limit)
+    state.log = type("Log", (), {"records": [{"gap_mean": 0.0005}] * 3})
+    assert node_run.Run.gap_limit(state) == node_run.LEAST_LIMIT, "a few sure tokens are no measure"
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +309,24 @@ def test_a_dry_run_says_the_plan_and_starts_nothing(tmp_path, monkeypatch, capsy
     assert out.strip().endswith("nothing was started") and not (tmp_path / "run").exists()
     with pytest.raises(SystemExit, match="--group 1"):
         run("--dry_run", "--group", 1)
+
+
+def test_the_dry_run_counts_the_longest_row_which_is_never_split(capsys):
+    def memory(*flags):
+        run("--dry_run", "--max_model_len", 512, *flags)
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("GiB"))
+
+    assert memory("--micro_tokens", 64) == memory("--micro_tokens", 512) != memory("--micro_tokens", 8192)
+
+
+def test_a_generation_config_that_transformers_does_not_save_is_kept_as_it_came(tmp_path):
+    for file in Path(rollout.EMBEDDED).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    came = json.loads((tmp_path / "generation_config.json").read_text()) | {"temperature": 0.6}  # without do_sample
+    (tmp_path / "generation_config.json").write_text(json.dumps(came))
+    run("--model", tmp_path, "--engine", "torch", "--steps", 1, "--eval_problems", 2, "--out", tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / "checkpoint-1" / "generation_config.json").read_text())
+    assert kept["temperature"] == 0.6 and kept["eos_token_id"] == came["eos_token_id"]
 
 
 def test_a_real_model_gets_the_papers_defaults_and_the_dry_run_says_so(tmp_path, capsys):
