@@ -144,7 +144,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
     if not plain or query.shape[-1] != value.shape[-1]:
         raise ValueError(
             f"{type(module).__name__} soft-caps its scores or has attention sinks, position biases or values of "
-            "another width than its queries: no WAAD and FAI can be taken from it. Train it with --credit uniform."
+            "another width than its queries: no WAAD and FAI can be taken from it, so only uniform credit is possible"
         )
     layer = getattr(module, "layer_idx", None)
     if layer not in _recording:
@@ -177,7 +177,7 @@ def record(model, layers: list[int]) -> Iterator[dict[int, Recorded]]:
         if missing := [layer for layer, r in recorded.items() if r is None]:
             raise ValueError(
                 f"{type(model).__name__} showed no attention in layers {missing}: WAAD and FAI need softmax attention "
-                "that goes through transformers' attention interface. Train it with --credit uniform."
+                "that goes through transformers' attention interface, so only uniform credit is possible"
             )
     finally:
         _recording = {}

@@ -78,14 +78,22 @@ def observe(
     left or on both sides needs attention_mask [B,N], 1 for real tokens: rows are shifted to right padding, and what is
     found is shifted back to the caller's places. score(model, input_ids, mask, entropy=True) makes the pass over
     right-padded rows; a trainer that has its own way to log-probs gives that.
-    Raises ValueError for an attention_mask that has holes or leaves out tokens of mask, and for models whose attention
-    cannot be recorded.
+
+    Whether dropout is on is the caller's: model.eval() before, or pi_old is that of a random part of the model. Over
+    several ranks each would measure a split of its own: average Heads.spans over them and call split_heads. FSDP2
+    leaves its root gathered after a pass without gradient: model.reshard() before you make an optimizer or a state
+    dict of it.
+
+    Raises ValueError for an attention_mask that has holes or leaves out tokens of mask, for models whose attention
+    cannot be recorded, and for heads that were measured on a batch without response tokens.
     """
     if attention_mask is not None:
         places = right_padding(attention_mask, mask)
         shifted = (x.gather(1, places) for x in (input_ids, mask))
         *found, heads = observe(model, *shifted, heads, window, horizon, score=score)
         return Signals(*(torch.zeros(mask.shape, device=mask.device).scatter(1, places, x) for x in found), heads)
+    if heads and not heads.spans.isfinite().all():
+        raise ValueError("heads were measured on a batch without response tokens: measure them on another, heads=None")
     config = getattr(model, "module", model).config  # DDP's own model
     layers = heads.layers if heads else middle_layers(config.get_text_config().num_hidden_layers)
     with torch.no_grad():
@@ -215,7 +223,7 @@ def _band_blocks(heads: ChosenHeads, mask: Tensor, reach: int) -> Iterator[tuple
     response row on. A is 0 where s > t.
     """
     n, first = mask.shape[1], int(mask.any(0).int().argmax())
-    height = max(64, min(reach, 512))  # a block as high as its band is wide wastes half of it; 512: linear memory
+    height = max(64, min(reach, 512))  # the band's width, so half of a block counts; 512 at most: linear memory
     begin = 0
     for layer, chosen in heads:
         index = chosen.nonzero()[:, 0]  # waits for the GPU, so once a layer and not once a block

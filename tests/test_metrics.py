@@ -270,7 +270,7 @@ def test_recording_changes_nothing_and_leaves_nothing():
 def test_models_without_plain_softmax_attention_are_refused():
     ids, mask = ragged([(3, 9)], 12)
     mamba = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=6, state_size=4))
-    with pytest.raises(ValueError, match=r"Mamba.*--credit uniform"):
+    with pytest.raises(ValueError, match=r"Mamba.*only uniform credit"):
         metrics.observe(mamba, ids, mask)
     with pytest.raises(ValueError, match=r"Gemma2.*soft-caps"):
         metrics.observe(llm(Gemma2Config, Gemma2ForCausalLM, head_dim=16), ids, mask)
@@ -287,6 +287,13 @@ def test_head_split_is_disjoint_and_ordered():
         heads.split_heads(torch.ones(1, 1))
     with pytest.raises(ValueError, match="quantile"):
         heads.split_heads(spans, 0.7)
+
+
+def test_a_split_that_was_measured_on_nothing_is_not_taken():
+    model, (ids, mask) = llm(LlamaConfig, LlamaForCausalLM), ragged([(3, 9)], 12)
+    split = metrics.observe(model, ids, torch.zeros_like(mask)).heads
+    with pytest.raises(ValueError, match="without response tokens"):
+        metrics.observe(model, ids, mask, split)
 
 
 def test_layers():
