@@ -14,8 +14,8 @@ Where this departs from the paper, and why:
 4. Where the paper is silent: the advantage's std is the sample's (n - 1); AdamW without weight decay, its learning rate
    reached over five steps; gradients clipped to norm 1; group size 8 and epsilon 0.2.
 5. vLLM samples and the trainer's passes run in bfloat16 (over float32 weights) on a GPU, and on a CPU that has it for
-   all but small models; else in float32 (--dtype). In bfloat16 the two round differently: the gap is far above
-   float32's 1e-7, and the first ratio 1 only up to rounding. The output head's logits are bfloat16 too, as is common.
+   all but small models; else in float32 (--dtype). In bfloat16 the two round differently: gap_mean is far above
+   float32's 1e-7, and the first ratio is only about 1. The output head's logits are bfloat16 too, as is common.
 """
 
 from dataclasses import dataclass

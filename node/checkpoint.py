@@ -58,7 +58,10 @@ def load_sharded(name: str, device: torch.device, dtype: str = "auto"):
         weights = {key: p.detach() for key, p in model.named_parameters()}
         dcp.load(weights, storage_reader=HuggingFaceStorageReader(folder))
     except CheckpointException as e:
-        raise ValueError(f"cannot read {name!r} in shares from its .safetensors files: {_reason(e)}") from e
+        raise ValueError(
+            f"cannot read {name!r} in shares from its .safetensors files: {_reason(e)} (a key is missing, too, where "
+            "transformers renames or joins weights on loading, as for mixtures of experts: not supported here)"
+        ) from e
     return model
 
 
