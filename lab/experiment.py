@@ -1,7 +1,7 @@
 """The claim, tested: which credit learns fastest? Arms x seeds of train.py, and the table and figure of what came out.
 
     python -m lab.experiment                    makes the runs that are not there yet; stop and start freely
-    python -m lab.experiment --setting small    the second round; also harder, words, ablations, study, study-small
+    python -m lab.experiment --setting small    the second round; also harder, words, ablations and the studies
     python -m lab.experiment --report           tables and figures from the committed records; nothing is run
 
 What holds in every setting. Same warm start, same problems in the same order, same number of rollouts in every arm;
@@ -43,6 +43,12 @@ Countdown in words, 8 steps of 64 rollouts, four updates of 16 each, for these a
 gradients point 23 % better. gamma 1.5; learning rate 4e-5, twice one that was seen to learn in longer runs, and not
 tuned further. Uniform, local and coupled, three seeds, 256 held-out problems before and after. By the noise of
 evaluation alone a difference has a standard deviation of 2 points: a difference of 5 would be seen, one of 2 not.
+
+Three things were added after those nine runs had been seen, and fixed before they were run themselves. content is the
+cheapest stand-in for an oracle: gamma on the tokens that decide, by the text (lab/by_text.py), three seeds. entropy,
+whose gradient is uniform's to a fifth of a per cent, shows what noise alone can do, three seeds. And the learning rate:
+uniform with half and with twice the rate, two seeds each, beside its own first two (--setting study-words). If another
+rate turns out better by more than noise, then these arms were compared at a wrong one.
 """
 
 import json
@@ -79,7 +85,11 @@ ABLATIONS = {
     "coupled, all heads": ["--all_heads"],
     "coupled, on the token produced": ["--on_produced"],
 }
-STUDY = {f"uniform, lr {lr}": ["--credit", "uniform", "--lr", lr] for lr in ("1e-4", "2e-4", "4e-4")}
+STUDY, STUDY_WORDS = (
+    {f"uniform, lr {lr}": ["--credit", "uniform", "--lr", lr] for lr in rates}
+    for rates in (("1e-4", "2e-4", "4e-4"), ("2e-5", "8e-5"))
+)
+BY_TEXT = {"content": ["--by", "content"]}  # arms of lab.by_text, in place of train.py
 TRIED = {  # for a better credit, in lab.alignment alone: no runs were made of these
     "local, q 0.1": ["--credit", "local", "--q", "0.1"],
     "local, q 0.2": ["--credit", "local", "--q", "0.2"],
@@ -88,7 +98,7 @@ TRIED = {  # for a better credit, in lab.alignment alone: no runs were made of t
     "coupled, q 0.1": ["--q", "0.1"],
     "coupled, all to the intro": ["--alpha", "1"],
 }
-ARMS = {**MAIN, **ABLATIONS, **TRIED, **STUDY}
+ARMS = {**MAIN, **ABLATIONS, **TRIED, **BY_TEXT, **STUDY, **STUDY_WORDS}
 SMALL, SHORT = "--prompts 8 --gamma_amp 4", 10  # 64 rollouts a step, 16 an update; steps for want of time
 WORDS = (
     "--model runs/smollm-words --task countdown-words --prompts 8 --minibatches 4 --lr 4e-5 --steps 8 "
@@ -99,9 +109,14 @@ SETTINGS = {  # the arguments that all its arms share, the arms, and the number 
     "small": (f"--task countdown-tiny {SMALL} --lr 2e-4 --steps 20 --eval_every 5", MAIN, 5),
     "ablations": (f"--task countdown-tiny {SMALL} --lr 2e-4 --steps {SHORT} --eval_every 5", ABLATIONS, 3),
     "harder": (f"--task countdown-tiny18 {SMALL} --lr 2e-4 --steps {SHORT} --eval_every 5", MAIN, 5),
-    "words": (WORDS, {arm: MAIN[arm] for arm in ("uniform", "local", "coupled")}, 3),
+    "words": (WORDS, {arm: ARMS[arm] for arm in ("uniform", "local", "coupled", "entropy", "content")}, 3),
     "study": ("--task countdown-tiny --steps 30 --eval_every 5", STUDY, 2),
     "study-small": (f"--task countdown-tiny {SMALL} --steps 20 --eval_every 5", STUDY, 2),
+    "study-words": (WORDS, STUDY_WORDS, 2),
+}
+BESIDE = {  # settings whose tables also show arms of another one: which, which arms, and how many seeds
+    "ablations": ("small", ("uniform", "scaled", "coupled"), 3),
+    "study-words": ("words", ("uniform",), 2),
 }
 PAPER = {  # its final accuracies: Countdown (Table 3, Qwen3-4B); ablations on mathematics, as differences to its GRPO
     "uniform": "52.6",
@@ -141,11 +156,11 @@ def record_of(args: Args, arm: str, seed: int) -> Path:
 
 
 def run(args: Args, arm: str, seed: int) -> None:
-    """One run of train.py; its records, without times, are written when it is through."""
-    path = record_of(args, arm, seed)
+    """One run of train.py, or of lab.by_text; its records, without times, are written when it is through."""
+    path, program = record_of(args, arm, seed), ["-m", "lab.by_text"] if arm in BY_TEXT else ["train.py"]
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable, "train.py", *SETTINGS[args.setting][0].split(), *ARMS[arm], "--seed", str(seed),
+            sys.executable, *program, *SETTINGS[args.setting][0].split(), *ARMS[arm], "--seed", str(seed),
             "--eval_samples", "1", "--save_every", "100", "--micro_tokens", "1024", "--out", f"{folder}/run",
         ]  # fmt: skip
         subprocess.run(command, cwd=Path(__file__).parents[1], check=True)
@@ -158,10 +173,11 @@ def run(args: Args, arm: str, seed: int) -> None:
 def curves(args: Args, what: str = "success") -> dict[str, dict[int, np.ndarray]]:
     """By arm, then seed: [records, (step, held-out success or reward)]. Ablations: beside round 2's first steps."""
     found: dict[str, dict[int, np.ndarray]] = {}
+    other, borrowed, seeds = BESIDE.get(args.setting, ("", (), 0))
     for arm in ARMS:
-        beside = args.setting == "ablations" and arm in ("uniform", "scaled", "coupled")
-        for seed in range(3 if beside else 100):
-            if (path := record_of(replace(args, setting="small") if beside else args, arm, seed)).exists():
+        beside = arm in borrowed
+        for seed in range(seeds if beside else 100):
+            if (path := record_of(replace(args, setting=other) if beside else args, arm, seed)).exists():
                 records = map(json.loads, path.read_text().splitlines())
                 curve = np.array([(r["step"], r[what]) for r in records if what in r])
                 found.setdefault(arm, {})[seed] = curve[curve[:, 0] <= SHORT] if beside else curve
@@ -226,7 +242,8 @@ def main(args: Args) -> None:
             text, figure = table(found, curves(one, "reward")), Path(args.folder) / f"{setting}.png"
             Path(args.folder, f"{setting}.md").write_text(text + "\n")
             gaps = {a: difference(runs, found.get("uniform", {})) for a, runs in found.items() if a != "uniform"}
-            report.arms_figure(found, {a: gap for a, (gap, n) in gaps.items() if n > 1}, list(MAIN), figure)
+            shown = list(found) if "study" in setting else [*MAIN, *BY_TEXT]
+            report.arms_figure(found, {a: gap for a, (gap, n) in gaps.items() if n > 1}, shown, figure)
             print(f"{setting}: {SETTINGS[setting][0]}\n\n{text}\n\n{figure}\n")
     runs = {setting: len(list(Path(args.folder, setting).glob("*.jsonl"))) for setting in SETTINGS}
     if not (total := sum(runs.values())):

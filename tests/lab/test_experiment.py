@@ -8,7 +8,7 @@ import pytest
 from transformers import HfArgumentParser
 
 import train
-from lab import experiment
+from lab import by_text, experiment
 from node import prepare
 from rollout import EMBEDDED, fill_defaults
 
@@ -42,15 +42,18 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
 
 
 def test_every_arm_is_a_run_that_could_start_and_differs_in_gamma_alone():
-    parser = HfArgumentParser(train.Args)
-    allowed = {"credit", "lowest", "q", "sign", "all_heads", "on_produced"}
+    parser = HfArgumentParser((by_text.Args, train.Args))
+    allowed = {"by", "credit", "lowest", "q", "sign", "all_heads", "on_produced"}
     for setting, (shared, arms, _) in experiment.SETTINGS.items():
-        (plain,) = map(vars, parser.parse_args_into_dataclasses(shared.split()))
-        for flags in arms.values():
-            (args,) = parser.parse_args_into_dataclasses([*shared.split(), *flags])
-            prepare.check(fill_defaults(args, train.DEFAULTS, EMBEDDED)[0])
-            changed = {name for name, value in vars(args).items() if value != plain[name]}
+        plain = parser.parse_args_into_dataclasses(shared.split())
+        for arm, flags in arms.items():
+            both = parser.parse_args_into_dataclasses([*shared.split(), *flags])
+            prepare.check(fill_defaults(both[1], train.DEFAULTS, EMBEDDED)[0])
+            changed = {
+                name for a, b in zip(both, plain) for name, value in vars(a).items() if value != getattr(b, name)
+            }
             assert changed <= allowed | ({"lr"} if "study" in setting else set())
+            assert ("--by" in flags) == (arm in experiment.BY_TEXT), "these are runs of lab.by_text"
         paths = {experiment.record_of(experiment.Args(setting), arm, 0) for arm in arms}
         assert len(paths) == len(arms)
 
