@@ -44,11 +44,13 @@ gradients point 23 % better. gamma 1.5; learning rate 4e-5, twice one that was s
 tuned further. Uniform, local and coupled, three seeds, 256 held-out problems before and after. By the noise of
 evaluation alone a difference has a standard deviation of 2 points: a difference of 5 would be seen, one of 2 not.
 
-Three things were added after those nine runs had been seen, and fixed before they were run themselves. content is the
-cheapest stand-in for an oracle: gamma on the tokens that decide, by the text (lab/by_text.py), three seeds. entropy,
-whose gradient is uniform's to a fifth of a per cent, shows what noise alone can do, three seeds. And the learning rate:
-uniform with half and with twice the rate, two seeds each, beside its own first two (--setting study-words). If another
-rate turns out better by more than noise, then these arms were compared at a wrong one.
+Three things were added after those nine runs had been seen, and fixed before they were run themselves (both arms are
+runs of lab.variants). content is the cheapest stand-in for an oracle: gamma on the tokens that decide, by the text,
+three seeds. "coupled, no first token" takes WAAD, FAI and the split from attention without its sink; in directions it
+was the one arm that gained as AdamW scales them; three seeds. And the learning rate: uniform with half and with twice
+the rate, two seeds each, beside its own first two (--setting study-words). If another rate turns out better by more
+than noise, then these arms were compared at a wrong one. entropy has no runs: its gradient is uniform's to a fifth of a
+per cent.
 """
 
 import json
@@ -89,7 +91,10 @@ STUDY, STUDY_WORDS = (
     {f"uniform, lr {lr}": ["--credit", "uniform", "--lr", lr] for lr in rates}
     for rates in (("1e-4", "2e-4", "4e-4"), ("2e-5", "8e-5"))
 )
-BY_TEXT = {"content": ["--by", "content"]}  # arms of lab.by_text, in place of train.py
+VARIANTS = {  # arms of lab.variants, in place of train.py
+    "content": ["--variant", "content"],
+    "coupled, no first token": ["--variant", "no_first_token", "--credit", "coupled"],
+}
 TRIED = {  # for a better credit, in lab.alignment alone: no runs were made of these
     "local, q 0.1": ["--credit", "local", "--q", "0.1"],
     "local, q 0.2": ["--credit", "local", "--q", "0.2"],
@@ -98,7 +103,7 @@ TRIED = {  # for a better credit, in lab.alignment alone: no runs were made of t
     "coupled, q 0.1": ["--q", "0.1"],
     "coupled, all to the intro": ["--alpha", "1"],
 }
-ARMS = {**MAIN, **ABLATIONS, **TRIED, **BY_TEXT, **STUDY, **STUDY_WORDS}
+ARMS = {**MAIN, **ABLATIONS, **TRIED, **VARIANTS, **STUDY, **STUDY_WORDS}
 SMALL, SHORT = "--prompts 8 --gamma_amp 4", 10  # 64 rollouts a step, 16 an update; steps for want of time
 WORDS = (
     "--model runs/smollm-words --task countdown-words --prompts 8 --minibatches 4 --lr 4e-5 --steps 8 "
@@ -109,7 +114,7 @@ SETTINGS = {  # the arguments that all its arms share, the arms, and the number 
     "small": (f"--task countdown-tiny {SMALL} --lr 2e-4 --steps 20 --eval_every 5", MAIN, 5),
     "ablations": (f"--task countdown-tiny {SMALL} --lr 2e-4 --steps {SHORT} --eval_every 5", ABLATIONS, 3),
     "harder": (f"--task countdown-tiny18 {SMALL} --lr 2e-4 --steps {SHORT} --eval_every 5", MAIN, 5),
-    "words": (WORDS, {arm: ARMS[arm] for arm in ("uniform", "local", "coupled", "entropy", "content")}, 3),
+    "words": (WORDS, {arm: ARMS[arm] for arm in ("uniform", "local", "coupled", *VARIANTS)}, 3),
     "study": ("--task countdown-tiny --steps 30 --eval_every 5", STUDY, 2),
     "study-small": (f"--task countdown-tiny {SMALL} --steps 20 --eval_every 5", STUDY, 2),
     "study-words": (WORDS, STUDY_WORDS, 2),
@@ -156,8 +161,8 @@ def record_of(args: Args, arm: str, seed: int) -> Path:
 
 
 def run(args: Args, arm: str, seed: int) -> None:
-    """One run of train.py, or of lab.by_text; its records, without times, are written when it is through."""
-    path, program = record_of(args, arm, seed), ["-m", "lab.by_text"] if arm in BY_TEXT else ["train.py"]
+    """One run of train.py, or of lab.variants; its records, without times, are written when it is through."""
+    path, program = record_of(args, arm, seed), ["-m", "lab.variants"] if arm in VARIANTS else ["train.py"]
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, *program, *SETTINGS[args.setting][0].split(), *ARMS[arm], "--seed", str(seed),
@@ -242,7 +247,7 @@ def main(args: Args) -> None:
             text, figure = table(found, curves(one, "reward")), Path(args.folder) / f"{setting}.png"
             Path(args.folder, f"{setting}.md").write_text(text + "\n")
             gaps = {a: difference(runs, found.get("uniform", {})) for a, runs in found.items() if a != "uniform"}
-            shown = list(found) if "study" in setting else [*MAIN, *BY_TEXT]
+            shown = list(found) if "study" in setting else [*MAIN, *VARIANTS]
             report.arms_figure(found, {a: gap for a, (gap, n) in gaps.items() if n > 1}, shown, figure)
             print(f"{setting}: {SETTINGS[setting][0]}\n\n{text}\n\n{figure}\n")
     runs = {setting: len(list(Path(args.folder, setting).glob("*.jsonl"))) for setting in SETTINGS}

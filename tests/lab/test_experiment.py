@@ -8,7 +8,7 @@ import pytest
 from transformers import HfArgumentParser
 
 import train
-from lab import by_text, experiment
+from lab import experiment, variants
 from node import prepare
 from rollout import EMBEDDED, fill_defaults
 
@@ -42,8 +42,8 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
 
 
 def test_every_arm_is_a_run_that_could_start_and_differs_in_gamma_alone():
-    parser = HfArgumentParser((by_text.Args, train.Args))
-    allowed = {"by", "credit", "lowest", "q", "sign", "all_heads", "on_produced"}
+    parser = HfArgumentParser((variants.Args, train.Args))
+    allowed = {"variant", "credit", "lowest", "q", "sign", "all_heads", "on_produced"}
     for setting, (shared, arms, _) in experiment.SETTINGS.items():
         plain = parser.parse_args_into_dataclasses(shared.split())
         for arm, flags in arms.items():
@@ -53,7 +53,7 @@ def test_every_arm_is_a_run_that_could_start_and_differs_in_gamma_alone():
                 name for a, b in zip(both, plain) for name, value in vars(a).items() if value != getattr(b, name)
             }
             assert changed <= allowed | ({"lr"} if "study" in setting else set())
-            assert ("--by" in flags) == (arm in experiment.BY_TEXT), "these are runs of lab.by_text"
+            assert ("--variant" in flags) == (arm in experiment.VARIANTS), "these are runs of lab.variants"
         paths = {experiment.record_of(experiment.Args(setting), arm, 0) for arm in arms}
         assert len(paths) == len(arms)
 
