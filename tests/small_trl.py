@@ -64,7 +64,8 @@ def reward(completion_ids, **_):
 
 def trainer(kind=Rhythm, steps=2, peft=None, horizon=HORIZON, **changes):
     """A trainer of 16 rollouts a batch in two minibatches. Credit's settings and TRL's may both be given."""
-    ours = {name: changes.pop(name) for name in ("credit", "amp", "sign", "heads_every") if name in changes}
+    names = ("credit", "amp", "q", "lowest", "sign", "heads_every")
+    ours = {name: changes.pop(name) for name in names if name in changes}
     ours |= {} if kind is TRL else {"horizon": horizon}
     settings = dict(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, steps_per_generation=2, num_generations=4,

@@ -35,13 +35,13 @@ def test_versions(monkeypatch):
 
 @pytest.mark.parametrize("name", ["streamed_waad", "streamed_fai", "streamed_spans"])
 def test_signals(name, monkeypatch):
-    assert "largest differences WAAD" in check.signals(ARGS)
     real = getattr(metrics, name)
     monkeypatch.setattr(metrics, name, lambda *args: real(*args) * 1.01)
     assert "differs from full maps" in fails(check.signals, ARGS)
 
 
 def test_signals_with_another_log_sum_exp(monkeypatch):
+    assert "largest differences WAAD" in check.signals(ARGS)
     real = heads.fused_attention
 
     def in_base_two(*args):

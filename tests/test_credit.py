@@ -1,6 +1,7 @@
 """gamma against loops written from Eq. 14-19, and its corners."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,3 +131,22 @@ def test_bad_arguments_are_named():
         credit.random_tokens(mask, q=1.5)
     with pytest.raises(ValueError, match="k = 0"):
         credit.coupled_rhythm(torch.zeros(1, 2), torch.zeros(1, 2), mask, k=0)
+
+
+def test_each_name_is_its_function_with_all_its_settings():
+    g, mask = torch.Generator().manual_seed(0), (torch.arange(40) >= 4).expand(6, 40)
+    signals = SimpleNamespace(**{n: torch.rand(6, 40, generator=g) * mask for n in ("waad", "fai", "entropy")})
+    how = dict(q=0.2, amp=3.0, lowest=True)
+    lowest = signals.entropy.masked_fill(~mask, 9).argsort(1).argsort(1) < 8  # ceil(0.2 * 36)
+    want = {
+        "local": credit.local_chunk(signals.waad, mask, **how),
+        "global": credit.global_anchor(signals.fai, mask, **how),
+        "entropy": 1 + 2.0 * lowest,
+        "coupled": credit.coupled_rhythm(signals.waad, signals.fai, mask, alpha=0.1, k=5, **how),
+    }
+    for name, gamma in want.items():
+        assert torch.equal(credit.assign_credit(name, signals, mask, alpha=0.1, k=5, **how), gamma), name
+        produced = credit.assign_credit(name, signals, mask, alpha=0.1, k=5, produced=True, **how)
+        assert torch.equal(produced, credit.on_produced(gamma, mask)), name
+    drawn = credit.assign_credit("random", signals, mask, generator=g, **how)
+    assert ((drawn == 3).sum(1) == 8).all()

@@ -33,6 +33,13 @@ def other(tmp_path_factory):
     return folder
 
 
+def test_near_temperature_zero_samples_are_the_greedy_response(tmp_path):
+    run("--temperature", 1e-4, "--problems", 4, "--out", tmp_path / "r.json")
+    (result,) = evaluation.read(tmp_path / "r.json")
+    for row in result["responses"]:
+        assert {x["text"] for x in row["sampled"]} == {row["greedy"]["text"]}
+
+
 def test_pass_at_j_is_what_enumeration_gives():
     for n in range(1, 7):
         for c in range(n + 1):

@@ -11,8 +11,10 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
 
+import credit
 import rollout
 from examples import trl_rhythm
+from metrics import Signals
 from tests.small_trl import TRL, GRPOTrainer, Rhythm, eager_gammas, scored, trained, trainer, weights
 
 ROOT = Path(trl_rhythm.__file__).parents[1]
@@ -135,6 +137,15 @@ def test_what_cannot_be_followed_is_named(changes, error):
         trainer(**changes)
     if "credit" not in changes and "sign" not in changes:
         trainer(credit="uniform", **changes)
+
+
+def test_each_setting_reaches_the_advantages():
+    made = trainer(credit="local", amp=3.0, q=0.2, lowest=True, sign="negative")
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    signals = Signals(*torch.rand(4, 2, 20, generator=torch.Generator().manual_seed(0)), None)
+    shaped, gamma = made._shape(torch.tensor([1.0, -1.0]), signals, mask)
+    assert torch.equal(gamma, credit.local_chunk(signals.waad, mask, 0.2, 3.0, lowest=True))
+    assert torch.equal(shaped, torch.stack([torch.ones(20), -gamma[1]]))
 
 
 def test_without_trl_one_line_says_what_to_install(monkeypatch):

@@ -172,6 +172,29 @@ def test_update_does_not_depend_on_the_micro_batches():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_update_takes_the_gradient_of_the_equations_on_each_minibatch():
+    """Far from ratio 1, with clipping on both sides, rows that teach nothing, and gradients longer than 1."""
+    g, t = torch.Generator().manual_seed(1), torch.arange(20)
+    ids, mask = torch.randint(0, 40, (6, 20), generator=g), (t >= 3) & (t < torch.randint(9, 20, (6, 1), generator=g))
+    ours, theirs = small_model(head_dim=16), small_model(head_dim=16)
+    old = grpo.token_logprobs(ours, ids, mask)[0].detach() + 0.3 * torch.randn(6, 20, generator=g)
+    shaped = mask * torch.tensor([40.0, -20, 0, 20, -40, 0])[:, None]
+    parts, norms = [torch.tensor([4, 0, 2]), torch.tensor([1, 5, 3])], []
+    done = grpo.update(ours, torch.optim.SGD(ours.parameters(), 0.05), ids, mask, old, shaped, parts, 30, 0.1, 0.3)
+    for rows in parts:
+        logp = theirs(ids[rows]).logits[:, :-1].log_softmax(-1).gather(2, ids[rows, 1:, None])[..., 0]
+        ratio, a, at = (logp - old[rows, 1:]).exp(), shaped[rows, 1:], mask[rows, 1:]
+        objective = ((torch.min(ratio * a, ratio.clamp(0.9, 1.3) * a) * at).sum(1) / at.sum(1)).mean()
+        gradients = torch.autograd.grad(objective, list(theirs.parameters()))
+        norms.append(sum(x.square().sum() for x in gradients).sqrt().item())
+        with torch.no_grad():
+            for p, x in zip(theirs.parameters(), gradients):
+                p += 0.05 * x / max(1.0, norms[-1])
+    assert min(norms) > 1 and done["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-3)
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
 def test_token_logprobs_are_those_of_the_unpadded_sequence():
     torch.manual_seed(0)
     model = small_model(head_dim=16)
