@@ -18,6 +18,7 @@ from transformers import HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
 import tasks
+from node import ranks
 from node.output import markdown, write_whole
 from rollout import EMBEDDED, chat_prompts, encode, fill_defaults, load_tokenizer, start_actor
 
@@ -68,7 +69,7 @@ def evaluate(
     """n responses to each problem and their rewards: (list[P] of list[n] of Rollout, [P,n] float32)."""
     prompts = [p.prompt for p in problems]
     prompts = chat_prompts(actor.tokenizer, prompts) if chat else prompts
-    rollouts = actor.generate(prompts, n, max_tokens, temperature, progress=True)
+    rollouts = actor.generate(prompts, n, max_tokens, temperature, progress=ranks.rank() == 0)
     return rollouts, torch.tensor([[tasks.reward(p, r.text) for r in row] for p, row in zip(problems, rollouts)])
 
 

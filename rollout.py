@@ -225,7 +225,8 @@ class VLLMActor:
         self.llm.reset_prefix_cache()
 
     def close(self) -> None:
-        """Stop the engine and free its memory."""
+        """Stop the engine and free its memory; all ranks call. vLLM takes the process group down with it."""
+        ranks.wait_for_all()  # one that leaves early can take another, still talking to it, down
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         gc.collect()

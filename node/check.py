@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -144,14 +143,13 @@ def signals(args: Args) -> str:
                 f"{kind}: {name} differs from full maps by {worst[name]:.2g} (limit {limit:g}). The fused attention of "
                 "this torch returns another log-sum-exp: use the pinned torch, or --credit uniform",
             )
+        model = model.float()  # in bfloat16 two passes that round differently drift apart from layer to layer
+        maps = full_maps(model, ids, got.heads.layers)
         model.set_attn_implementation("eager")
         with torch.no_grad():
             eager = model(ids, output_attentions=True).attentions
         apart = max((eager[layer] - m).abs().max().item() for layer, m in zip(got.heads.layers, maps))
-        limit = 1e-4 if dtype == torch.float32 else 0.05
-        require(
-            apart < limit, f"{kind}: our maps differ from transformers' eager ones by {apart:.2g} (limit {limit:g})"
-        )
+        require(apart < 1e-4, f"{kind}: our maps differ from transformers' eager ones by {apart:.2g} (limit 1e-4)")
     return (
         f"{dtype}".removeprefix("torch.")
         + ", largest differences "
@@ -300,6 +298,7 @@ def cost(loop: Loop) -> str:
     return f"{100 * share:.1f} % of a step of {loop.args.prompts * loop.args.group} rollouts"
 
 
+PATIENCE = 600  # seconds that a small run may take to its first checkpoint
 SMALL = ["--prompts", "4", "--group", "4", "--minibatches", "2", "--eval_problems", "4", "--max_tokens", "64",
          "--save_every", "1", "--eval_every", "0"]  # fmt: skip
 
@@ -307,13 +306,15 @@ SMALL = ["--prompts", "4", "--group", "4", "--minibatches", "2", "--eval_problem
 def killed_run(folder: Path, engine: str) -> None:
     """A run of the embedded model that is killed when its first checkpoint is there."""
     command = [sys.executable, "train.py", *SMALL, "--engine", engine, "--steps", "50", "--out", str(folder)]
-    with open(os.devnull, "w") as nowhere:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=nowhere, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and not checkpoint.listed(folder):
+    said, end = folder.with_name("said"), time.monotonic() + PATIENCE
+    with said.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
+        while process.poll() is None and not checkpoint.listed(folder) and time.monotonic() < end:
             time.sleep(0.1)
-        process.send_signal(signal.SIGKILL)
-        error = process.communicate()[1]
-    require(bool(checkpoint.listed(folder)), f"no checkpoint was written: {error.strip().splitlines()[-1:]}")
+        process.kill()
+        process.wait()
+    lines = said.read_text().strip().splitlines()
+    require(bool(checkpoint.listed(folder)), f"no checkpoint was written: {lines[-1:]}")
 
 
 def kill_and_resume(args: Args) -> str:

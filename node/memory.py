@@ -22,7 +22,8 @@ shards over W GPUs; each of them holds, in bytes:
     logits                 12 bytes each: float32 logits, log-probabilities and gradient of one chunk (grpo.CHUNK)
     vLLM, on the same GPU  c P (the whole model) and the cache, --kv_cache_gib: 4 k bytes a token and layer
 
-In float32 on one GPU nothing is gathered and nothing reduced. If vLLM sleeps while the trainer works (level 2: it keeps
+In float32 on one GPU nothing is gathered and nothing reduced (but torch fuses no grouped heads in float32 there: maps
+come to it, 4 H N bytes a token and layer). If vLLM sleeps while the trainer works (level 2: it keeps
 neither weights nor cache), the peak is the larger of the two phases, generate and train; if not, their sum, where the
 weights and the moments count once. Left out: what CUDA, NCCL and vLLM's own passes and graphs take, and fragmentation;
 hence "fits" means within nine tenths of the GPU, and 2 to 4 GiB for CUDA graphs and NCCL's buffers, which stay while

@@ -1,7 +1,8 @@
 """--dtype: what a model's passes and vLLM compute in. Weights, gradients and the optimizer are always float32.
 
-On a GPU passes in bfloat16 are FSDP's (ranks.shard); on a CPU they are autocast's, here. A CPU with instructions for
-bfloat16 (avx512_bf16) is 2 to 3 times faster with it, once a model is wide enough for its matrices to take the time.
+On a GPU passes in bfloat16 are FSDP's (ranks.shard), so a model that nobody has sharded, as in the laboratory, computes
+in float32 there; on a CPU they are autocast's, here. A CPU with instructions for bfloat16 (avx512_bf16) is 2 to 3 times
+faster with it, once a model is wide enough for its matrices to take the time.
 """
 
 import torch

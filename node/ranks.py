@@ -43,7 +43,7 @@ def start() -> torch.device:
 
 
 def stop() -> None:
-    """Leave the other ranks; after the sampler has been closed, which also uses the group."""
+    """Leave the other ranks; after the sampler has been closed, which also uses the group (vLLM ends it itself)."""
     if dist.is_initialized():
         dist.barrier()  # one that leaves early can take another, still talking to it, down
         dist.destroy_process_group()
@@ -83,7 +83,7 @@ def shard(model, device: torch.device, dtype: str = "auto"):
     """The model on this rank's device: over several ranks, or on a GPU, as FSDP2 shards; alone on a CPU as it is.
 
     Float32 weights, gradients and optimizer state; on a GPU the passes run in bfloat16, unless dtype says float32, and
-    gradients are summed in float32. Weights move to the device layer by layer.
+    gradients of passes and ranks are summed in float32. Weights move to the device layer by layer.
     """
     if not dist.is_initialized():
         return model.to(device)
@@ -100,6 +100,11 @@ def reshard(model) -> None:
     gives those, which no optimizer may hold and no state dict finds."""
     if isinstance(model, FSDPModule):
         model.reshard()
+
+
+def wait_for_all() -> None:
+    """Until every rank has come here, where there are several."""
+    any_rank(False)
 
 
 def named_weights(model) -> Iterator[tuple[str, Tensor]]:
