@@ -196,11 +196,10 @@ def update(
     """One gradient step on each minibatch (row numbers) of a batch of rollouts, in passes of micro_tokens.
 
     All [B,N], advantages shaped, minibatches on the same device. Rows whose advantages are all 0 count in the mean but
-    are not computed: exact, for their gradient is 0. A minibatch of such rows alone moves nothing. Gradients are
-    clipped to norm 1; a step whose gradient is not finite is not taken. Several ranks must all hold the same batch:
-    each makes its share of the passes, and a sharded model averages their gradients. (With batches of their own they
-    would make unequal numbers of passes, and hang.) Returns means over the steps: the loss (this rank's share, to be
-    summed), the gradient norm, and steps not taken.
+    are not computed: exact, for their gradient is 0; of such rows alone, a minibatch moves nothing. Gradients are
+    clipped to norm 1; a step whose gradient is not finite is not taken. Several ranks must all hold the same batch, or
+    they would wait for each other for ever: each makes its share of the passes; a sharded model averages gradients.
+    Returns means over the steps: the loss (this rank's share, to be summed), the gradient norm, and steps not taken.
     """
     losses, norms, skipped = [], [], 0
     for minibatch in minibatches:

@@ -78,12 +78,9 @@ def observe(
     left or on both sides needs attention_mask [B,N], 1 for real tokens: rows are shifted to right padding, and what is
     found is shifted back to the caller's places. score(model, input_ids, mask, entropy=True) makes the pass over
     right-padded rows; a trainer that has its own way to log-probs gives that.
-
-    Whether dropout is on is the caller's: model.eval() before, or pi_old is that of a random part of the model. Over
-    several ranks each would measure a split of its own: average Heads.spans over them and call split_heads. FSDP2
-    leaves its root gathered after a pass without gradient: model.reshard() before you make an optimizer or a state
-    dict of it.
-
+    The caller sees to dropout (model.eval()); to one split for several ranks, each of which measures its own (average
+    Heads.spans, then split_heads); and to FSDP2's root, which a pass without gradient leaves gathered (model.reshard()
+    before you make an optimizer or a state dict).
     Raises ValueError for an attention_mask that has holes or leaves out tokens of mask, for models whose attention
     cannot be recorded, and for heads that were measured on a batch without response tokens.
     """

@@ -210,7 +210,7 @@ def arms_figure(
         ax.axvline(0, color="grey", lw=0.8)
         labels = [f"{arm} ({len(found[arm])})" for arm in reversed(gaps)]
         ax.set_yticks(range(len(gaps)), labels if measure == 0 else [])
-        ax.set(title=("last quarter", "area under the curve")[measure] + " − uniform's, 95 %", xlabel="points")
+        ax.set(title=("last quarter", "area")[measure] + " − uniform's, 95 %", xlabel="points")
     _save(fig, path)
 
 
