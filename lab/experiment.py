@@ -44,14 +44,14 @@ gradients point 23 % better. gamma 1.5; learning rate 4e-5, twice one that was s
 tuned further. Uniform, local and coupled, three seeds, 256 held-out problems before and after. By the noise of
 evaluation alone a difference has a standard deviation of 2 points: a difference of 5 would be seen, one of 2 not.
 
-Three things were added after those nine runs had been seen, and fixed before they were run themselves (--setting words-
-anew; both new arms are runs of lab.variants). content is the cheapest stand-in for an oracle: gamma on the tokens that
-decide, by the text, three seeds. "coupled, no first token" takes WAAD, FAI and the split from attention without its
-sink; in directions it was the arm that gained most as AdamW scales them; three seeds. And the learning rate: uniform
-with half and with twice the rate, two seeds each (--setting study-words). If another rate turns out better by more than
-noise, then these arms were compared at a wrong one. entropy has no runs: its gradient is uniform's to a fifth of a per
-cent. The warm start, made anew on another machine, turned out to be another model, 22.9 % right where the first had
-19.1; so these runs have a uniform of their own, three seeds.
+Three things were added after those nine runs had been seen, and fixed before they were run themselves (--setting
+words-anew; both new arms are runs of lab.variants). content is the cheapest stand-in for an oracle: gamma on the tokens
+that decide, by the text, three seeds. "coupled, no first token" takes WAAD, FAI and the split from attention without
+its sink; in directions it was the arm that gained most as AdamW scales them; three seeds. And the learning rate:
+uniform with half and with twice the rate, two seeds each (--setting study-words). If another rate turns out better by
+more than noise, then these arms were compared at a wrong one. entropy has no runs: its gradient is uniform's to a fifth
+of a per cent. The warm start, made anew on another machine, turned out to be another model, 22.9 % right where the
+first had 19.1; so these runs have a uniform of their own, three seeds.
 """
 
 import json
