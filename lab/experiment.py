@@ -88,10 +88,8 @@ ABLATIONS = {
     "coupled, all heads": ["--all_heads"],
     "coupled, on the token produced": ["--on_produced"],
 }
-STUDY, STUDY_WORDS = (
-    {f"uniform, lr {lr}": ["--credit", "uniform", "--lr", lr] for lr in rates}
-    for rates in (("1e-4", "2e-4", "4e-4"), ("2e-5", "8e-5"))
-)
+STUDY = {f"uniform, lr {lr}": ["--credit", "uniform", "--lr", lr] for lr in ("1e-4", "2e-4", "4e-4")}
+STUDY_WORDS = {f"uniform, lr {lr}": ["--credit", "uniform", "--lr", lr] for lr in ("2e-5", "8e-5")}
 VARIANTS = {  # arms of lab.variants, in place of train.py
     "content": ["--variant", "content"],
     "coupled, no first token": ["--variant", "no_first_token", "--credit", "coupled"],

@@ -24,7 +24,7 @@ from node.output import minutes, write_whole
 # The largest mean |logp_vllm - logp_torch| that rounding can explain; beyond it the sampler has other weights. What
 # rounding to bfloat16 makes depends on the model: there the first steps of the run are the measure, which a few rows
 # may have made small, hence the least limit. On a GPU vLLM multiplies float32 with TF32's ten bits.
-GAP_LIMIT = {"float32": 1e-2 if torch.cuda.is_available() else 1e-3, "bfloat16": 0.3}
+GAP_LIMIT = {"float32": 1e-3, "TF32": 1e-2, "bfloat16": 0.3}
 GAP_STEPS, GAP_FACTOR, LEAST_LIMIT = 3, 5, 0.02
 SKIP_LIMIT = 3  # steps in a row with a gradient that is not finite
 SHOWN = {"reward": ".2f", "gap_mean": ".0e", "entropy": ".2f", "tokens_per_s": ".0f"}  # beside the progress bar
@@ -108,8 +108,10 @@ class Run:
     def gap_limit(self) -> float:
         """The sampler gap above which the run stops, at this step."""
         first = [r["gap_mean"] for r in self.log.records if "gap_mean" in r][:GAP_STEPS]
-        if self.args.dtype == "float32" or self.step <= GAP_STEPS:
-            return GAP_LIMIT[self.args.dtype]
+        if self.args.dtype == "float32":
+            return GAP_LIMIT["TF32" if torch.cuda.is_available() else "float32"]
+        if self.step <= GAP_STEPS:
+            return GAP_LIMIT["bfloat16"]
         return max(GAP_FACTOR * sum(first) / len(first), LEAST_LIMIT)
 
     def _stop_if_broken(self, record: dict) -> None:

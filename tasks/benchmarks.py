@@ -12,6 +12,7 @@ derived from it do. Its open questions are left out.
 
 import re
 import tempfile
+import warnings
 import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -160,16 +161,20 @@ def _hub(benchmark: Benchmark, split: str):
     reason = None
     try:  # load_dataset tries for minutes before it says that the hub is away: ask once, and without an answer...
         HfApi().dataset_info(benchmark.hub, timeout=10)
-    except Exception as e:  # whatever it is, it is said below
+    except Exception as e:  # whatever it is, it is said below, whether the cache has the dataset or not
         reason = e
     try:
         with _offline() if reason else nullcontext():  # ...take what an earlier fetch left in its cache, or nothing
-            return datasets.load_dataset(benchmark.hub, benchmark.config, data_files=benchmark.file, split=split)
+            found = datasets.load_dataset(benchmark.hub, benchmark.config, data_files=benchmark.file, split=split)
     except Exception as e:  # the hub's, the network's, pyarrow's: all one line to the user
         raise ValueError(
             f"cannot fetch dataset {benchmark.hub} from the hub ({_reason(reason or e)}): download it elsewhere and "
             f"pass --data FILE with columns {_quoted(columns(benchmark))}"
         ) from e
+    if reason:
+        said = f"the hub does not answer ({_reason(reason)}): {benchmark.hub} is as it was last fetched"
+        warnings.warn(said, stacklevel=2)
+    return found
 
 
 @contextmanager
