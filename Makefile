@@ -5,7 +5,7 @@ BIN = .venv/bin
 help:           ## Show this.
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: .venv/ok  ## Train the embedded model on Countdown with coupled rhythm credit (7 minutes on two cores).
+demo: .venv/ok  ## Train the tiny model on Countdown with coupled rhythm credit (7 minutes on two cores).
 	$(BIN)/python train.py
 
 check: .venv/ok ## Check that this machine can train: versions, numbers, a step, the reload, a kill, memory (5 minutes).

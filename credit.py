@@ -1,27 +1,37 @@
-"""gamma_t: how much of a response's advantage each token gets (Eq. 14-19). Three rhythm credits, four controls.
+"""gamma_t: the factor on each token's advantage (Eq. 14-19). Three credits by attention, and controls.
 
-All take [B,N] tensors with mask [B,N] bool marking the response tokens, work on each response alone, and return gamma
-[B,N] float32, which is 1 outside the mask. q is the share of tokens to credit, amp the factor gamma_amp. Only torch is
-needed. assign_credit() at the end chooses a credit by its name.
+A preplan token is one before which the model plans: WAAD jumps there, so a new chunk of text begins. An anchor is a
+token with high FAI: later tokens keep looking at it. The credits give such tokens gamma > 1, all others gamma = 1.
 
-Not given by the paper, and our readings: alpha = 0.5; k = 3; tau_waad, the median WAAD of the response; tau_delta, the
-smallest Delta in T_loc, so that "a recent peak" means a member of T_loc; intro(t), the token of largest Delta among the
-k before t, the nearest on a tie; ties in TopQ go to the earlier token.
+All functions take [B,N] tensors and mask [B,N] bool, which marks the response tokens. They look at each response alone.
+They return gamma [B,N] float32, which is 1 outside the mask. q is the share of tokens to credit, amp is the paper's
+gamma_amp. Only torch is needed. assign_credit at the end chooses a credit by its name.
 
-lowest=True credits the lowest q instead (the paper's Table 5): Delta and FAI change sign, all else stays.
+The paper leaves some things open. Our readings:
+
+    alpha = 0.5, k = 3
+    tau_waad    the median WAAD of the response
+    tau_delta   the smallest Delta in T_loc, so that "a recent peak" means a member of T_loc
+    intro(t)    the token with the largest Delta among the k tokens before t; the nearest one on a tie
+    TopQ        a tie goes to the earlier token
+
+lowest=True credits the lowest q instead of the highest (the paper's Table 5): Delta and FAI change sign, all else
+stays.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def top_q(x: Tensor, mask: Tensor, q: float, eligible: Tensor | None = None) -> Tensor:
     """TopQ(x, q): the ceil(q * |R|) highest of each response's tokens, as a bool mask [B,N].
 
-    Tokens that are not eligible are never chosen; where too few are, all of them are chosen.
+    Tokens that are not eligible are never chosen. If too few are eligible, all of these are chosen.
 
     >>> top_q(torch.tensor([[9.0, 1.0, 3.0, 3.0, 2.0]]), torch.tensor([[False, True, True, True, True]]), q=0.25)
     tensor([[False, False,  True, False, False]])
@@ -30,13 +40,15 @@ def top_q(x: Tensor, mask: Tensor, q: float, eligible: Tensor | None = None) -> 
         raise ValueError(f"q = {q}: the share of tokens to credit lies from 0 to 1")
     eligible = mask if eligible is None else mask & eligible
     order = x.float().masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = order.argsort(dim=1)
+    rank = order.argsort(dim=1)  # [B,N], 0 for the highest
     size = [math.ceil(q * n - 1e-6) for n in mask.sum(1).tolist()]  # 1e-6: 0.1 * 30 must not round up to 4
     return eligible & (rank < torch.tensor(size, device=x.device)[:, None])
 
 
 def waad_change(waad: Tensor, mask: Tensor) -> Tensor:
-    """Eq. 14: Delta_t = |WAAD_t - WAAD_{t+1}|, 0 at a response's last token. [B,N].
+    """Eq. 14: Delta_t = |WAAD_t - WAAD_{t+1}|, 0 at a response's last token. [B,N]
+
+    So a jump of WAAD between two tokens is written at the first of them, the token before the jump.
 
     >>> waad_change(torch.tensor([[7.0, 1.0, 4.0, 4.5]]), torch.tensor([[False, True, True, True]]))
     tensor([[0.0000, 3.0000, 0.5000, 0.0000]])
@@ -47,14 +59,16 @@ def waad_change(waad: Tensor, mask: Tensor) -> Tensor:
 
 
 def local_chunk(waad: Tensor, mask: Tensor, q: float = 0.4, amp: float = 1.5, lowest: bool = False) -> Tensor:
-    """Eq. 14-15: amplify T_loc, the tokens where WAAD changes most: the borders of what is written in one go."""
+    """Eq. 14-15: amplify T_loc, the tokens where WAAD changes most. They are the boundaries of chunks of text."""
     delta = waad_change(waad, mask)
-    return 1 + (amp - 1) * top_q(-delta if lowest else delta, mask, q)
+    t_loc = top_q(-delta if lowest else delta, mask, q)
+    return 1 + (amp - 1) * t_loc
 
 
 def global_anchor(fai: Tensor, mask: Tensor, q: float = 0.4, amp: float = 1.5, lowest: bool = False) -> Tensor:
-    """Eq. 16-17: amplify T_glob, the tokens that later ones look at most. One that nothing can look at is no anchor."""
-    return 1 + (amp - 1) * top_q(-fai if lowest else fai, mask, q, eligible=fai > 0)
+    """Eq. 16-17: amplify T_glob, the tokens with the highest FAI. A token with FAI 0 is never an anchor."""
+    t_glob = top_q(-fai if lowest else fai, mask, q, eligible=fai > 0)
+    return 1 + (amp - 1) * t_glob
 
 
 def coupled_rhythm(
@@ -67,58 +81,73 @@ def coupled_rhythm(
     k: int = 3,
     lowest: bool = False,
 ) -> Tensor:
-    """Eq. 18-19: amplify anchors; one that a preplan token has just introduced hands a share alpha to it.
+    """Eq. 18-19: amplify anchors. An anchor right after a preplan token shares its bonus with that token.
 
-    An anchor t is locally dominated (t in D) if WAAD_t <= tau_waad and a Delta among the k before it is >= tau_delta.
-    gamma_t = 1 + (amp-1) [t in T_glob but not D] + (1-alpha)(amp-1) [t in D] + alpha (amp-1) [t in intro(D)]; the
-    brackets add, so a token can reach 1.75 with the defaults; intro(D) is a set, so a shared intro is credited once.
+    The bonus of an anchor is amp - 1. An anchor t is locally dominated (t in D) if its own WAAD is low,
+    WAAD_t <= tau_waad, and one of the k tokens before it has a large Delta, >= tau_delta. A dominated anchor keeps the
+    share 1 - alpha of its bonus. The share alpha goes to its intro, the preplan token with that large Delta.
 
-    >>> waad = torch.tensor([[0.0, 9.0, 1.0, 1.0, 1.0]])  # a border after token 1
-    >>> fai = torch.tensor([[0.0, 0.1, 0.2, 0.9, 0.0]])  # an anchor at token 3
+        gamma_t = 1 + (amp-1) [t is an anchor, not in D] + (1-alpha)(amp-1) [t in D] + alpha (amp-1) [t is an intro]
+
+    The brackets add up: with the defaults a token that is an anchor and an intro gets 1 + 0.5 + 0.25 = 1.75. An intro
+    of several anchors gets its share once.
+
+    >>> waad = torch.tensor([[0.0, 9.0, 1.0, 1.0, 1.0]])  # WAAD changes after token 1
+    >>> fai = torch.tensor([[0.0, 0.1, 0.2, 0.9, 0.0]])  # token 3 is an anchor
     >>> coupled_rhythm(waad, fai, torch.tensor([[False, True, True, True, True]]), q=0.25)
     tensor([[1.0000, 1.2500, 1.0000, 1.2500, 1.0000]])
     """
     parts = coupled_parts(waad, fai, mask, q, k, lowest)
-    introduces = torch.zeros_like(mask)
-    b, t = parts.dominated.nonzero(as_tuple=True)
-    introduces[b, parts.intro[b, t]] = True  # intro(D)
+    is_intro = torch.zeros_like(mask)  # I(D)
+    row, anchor = parts.dominated.nonzero(as_tuple=True)
+    is_intro[row, parts.intro[row, anchor]] = True
     undominated = parts.t_glob & ~parts.dominated
-    return 1 + (amp - 1) * (undominated + (1 - alpha) * parts.dominated + alpha * introduces)
+    return 1 + (amp - 1) * (undominated + (1 - alpha) * parts.dominated + alpha * is_intro)
 
 
 class Coupled(NamedTuple):
     """What coupled_rhythm decides by: [B,N] each, the two thresholds [B,1]. With lowest, delta has the other sign."""
 
     delta: Tensor
-    t_loc: Tensor  # bool, the borders
+    t_loc: Tensor  # bool, the chunk boundaries
     t_glob: Tensor  # bool, the anchors
     tau_waad: Tensor
     tau_delta: Tensor  # infinite where T_loc is empty
-    dominated: Tensor  # bool, D: the anchors that hand a share to their intro
-    intro: Tensor  # for each token of D the place of its intro in the row; elsewhere it means nothing
+    dominated: Tensor  # bool, D
+    intro: Tensor  # for each token of D the column of its intro; undefined elsewhere
 
 
 def coupled_parts(waad: Tensor, fai: Tensor, mask: Tensor, q: float = 0.4, k: int = 3, lowest: bool = False) -> Coupled:
-    """Eq. 18: which tokens are borders, which are anchors, which anchors are dominated, and by whom introduced."""
+    """Eq. 18: which tokens are chunk boundaries, which are anchors, which anchors are dominated, and their intros."""
     if k < 1:
         raise ValueError(f"k = {k}: an intro is looked for among one or more tokens before its anchor")
     sign = -1 if lowest else 1
     delta = sign * waad_change(waad, mask)
-    t_loc, t_glob = top_q(delta, mask, q), top_q(sign * fai, mask, q, eligible=fai > 0)
+    t_loc = top_q(delta, mask, q)
+    t_glob = top_q(sign * fai, mask, q, eligible=fai > 0)
     tau_delta = delta.masked_fill(~t_loc, torch.inf).amin(1, keepdim=True)
     tau_waad = waad.masked_fill(~mask, torch.nan).nanmedian(1, keepdim=True).values
 
-    # before[b,t,j] = Delta of token t-1-j, the nearest first; -inf where that is no response token
-    padded = torch.nn.functional.pad(delta.masked_fill(~mask, -torch.inf), (k, 0), value=-torch.inf)
-    before = padded.unfold(1, k, 1)[:, :-1].flip(-1)  # [B,N,k]
-    peak, nearest = before.max(-1).values, (before == before.amax(-1, keepdim=True)).int().argmax(-1)
+    # The largest Delta among the k tokens before each token, and where it is. Nearest first: ">" keeps the nearest one
+    # on a tie.
+    position = torch.arange(mask.shape[1], device=mask.device)
+    delta_of_response = delta.masked_fill(~mask, -torch.inf)
+    peak, intro = torch.full_like(delta, -torch.inf), torch.zeros_like(mask, dtype=torch.long)
+    for j in range(1, k + 1):
+        delta_before = pad(delta_of_response, (j, 0), value=-torch.inf)[:, :-j]  # [B,N], Delta of token t-j
+        is_larger = delta_before > peak
+        peak = torch.where(is_larger, delta_before, peak)
+        intro = torch.where(is_larger, position - j, intro)
+
     dominated = t_glob & (waad <= tau_waad) & (peak >= tau_delta)
-    intro = torch.arange(mask.shape[1], device=mask.device) - 1 - nearest
     return Coupled(delta, t_loc, t_glob, tau_waad, tau_delta, dominated, intro)
 
 
+# ---- Controls and variations ----
+
+
 def high_entropy(entropy: Tensor, mask: Tensor, q: float = 0.4, amp: float = 1.5, lowest: bool = False) -> Tensor:
-    """Control: amplify the tokens the model was least sure of."""
+    """Control: amplify the tokens that the model was least sure of."""
     return 1 + (amp - 1) * top_q(-entropy if lowest else entropy, mask, q)
 
 
@@ -134,7 +163,7 @@ def uniform(mask: Tensor) -> Tensor:
 
 
 def scaled(gamma: Tensor, mask: Tensor) -> Tensor:
-    """Control: the mean of gamma for every response token, the same size of step without a choice of tokens.
+    """Control: every response token gets the mean of gamma. The step is as large, but no tokens are chosen.
 
     The mean is over all tokens of the mask together, so the mask must leave out responses that have no gamma.
 
@@ -144,10 +173,10 @@ def scaled(gamma: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, gamma[mask].mean(), 1.0)
 
 
-def on_produced(gamma: Tensor, mask: Tensor) -> Tensor:
-    """Ablation: give each token's gamma to the token its attention row produced, the next one. The first token gets 1.
+def shift_to_produced(gamma: Tensor, mask: Tensor) -> Tensor:
+    """Ablation: give gamma_t to token t+1, the token that row t produced. The first token gets 1.
 
-    >>> on_produced(torch.tensor([[1.0, 1.5, 1.0, 1.25]]), torch.tensor([[False, True, True, True]]))
+    >>> shift_to_produced(torch.tensor([[1.0, 1.5, 1.0, 1.25]]), torch.tensor([[False, True, True, True]]))
     tensor([[1.0000, 1.0000, 1.5000, 1.0000]])
     """
     shifted = torch.ones_like(gamma)
@@ -155,14 +184,18 @@ def on_produced(gamma: Tensor, mask: Tensor) -> Tensor:
     return shifted
 
 
+# ---- The choice by name ----
+
 CREDITS = ("coupled", "local", "global", "entropy", "random", "uniform", "scaled")
-NEED_ATTENTION = ("coupled", "local", "global", "scaled")  # the credits that WAAD and FAI are needed for
+NEED_ATTENTION = ("coupled", "local", "global", "scaled")  # the credits that are made from WAAD and FAI
 
 
 def assign_credit(
-    name: str,
+    credit: str | Callable[..., Tensor],
     signals,
     mask: Tensor,
+    input_ids: Tensor | None = None,
+    *,
     q: float = 0.4,
     amp: float = 1.5,
     alpha: float = 0.5,
@@ -170,16 +203,30 @@ def assign_credit(
     lowest: bool = False,
     produced: bool = False,
     generator: torch.Generator | None = None,
+    **more,
 ) -> Tensor:
-    """The credit of this name, one of CREDITS. Returns gamma [B,N].
+    """gamma [B,N] of the credit with this name, one of CREDITS, or of a function of your own.
 
-    signals has .waad, .fai and .entropy, [B,N] each (metrics.Signals); a credit that needs none of them ignores it.
-    alpha and k are coupled's, generator is random's, produced asks for on_produced. ValueError for another name.
+    To add a credit: write a function above, its name into CREDITS (and into NEED_ATTENTION if it reads WAAD or FAI),
+    and a case below. For example, "surprise" credits the tokens that were least probable:
+
+        case "surprise":
+            gamma = high_entropy(-signals.logprobs, mask, q, amp, lowest)
+
+    Without changing this file: give a function in place of the name. It is called with everything that there is by
+    keyword, credit(signals=, mask=, input_ids=, q=, amp=, alpha=, k=, lowest=, generator=, **more).
+
+    Args:
+        signals: has .logprobs, .entropy, .waad and .fai, [B,N] each (metrics.Signals).
+        input_ids: [B,N], for credits that look at the tokens themselves.
+        alpha, k: coupled's. generator: random's.
+        produced: shift gamma to the token that each row produced (shift_to_produced).
+
+    Raises ValueError for an unknown name.
     """
-    match name:
-        case "coupled" | "scaled":
+    match credit:
+        case "coupled":
             gamma = coupled_rhythm(signals.waad, signals.fai, mask, q, amp, alpha, k, lowest)
-            gamma = scaled(gamma, mask) if name == "scaled" else gamma
         case "local":
             gamma = local_chunk(signals.waad, mask, q, amp, lowest)
         case "global":
@@ -190,6 +237,11 @@ def assign_credit(
             gamma = random_tokens(mask, q, amp, generator)
         case "uniform":
             gamma = uniform(mask)
-        case _:
-            raise ValueError(f"unknown credit {name!r}: choose one of {', '.join(CREDITS)}")
-    return on_produced(gamma, mask) if produced else gamma
+        case "scaled":
+            gamma = scaled(coupled_rhythm(signals.waad, signals.fai, mask, q, amp, alpha, k, lowest), mask)
+        case str():
+            raise ValueError(f"unknown credit {credit!r}: choose one of {', '.join(CREDITS)}")
+        case own_credit:
+            settings = dict(q=q, amp=amp, alpha=alpha, k=k, lowest=lowest, generator=generator)
+            gamma = own_credit(signals=signals, mask=mask, input_ids=input_ids, **settings, **more)
+    return shift_to_produced(gamma, mask) if produced else gamma

@@ -14,15 +14,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 import tasks
 from node import ranks
-from node.output import markdown, write_whole
-from rollout import EMBEDDED, chat_prompts, encode, fill_defaults, load_tokenizer, start_actor
+from node.output import markdown, mean_interval, write_whole
+from node.settings import TINY, fill_defaults, load_tokenizer, parse_args
+from rollout import chat_prompts, encode, start_actor
 
-DEFAULTS = {  # of arguments that are not given: for the embedded model and what is trained from it; for any other model
+DEFAULTS = {  # of arguments that are not given: for the tiny model and what is trained from it; for any other model
     "task": (["countdown-tiny"], ["countdown4"]),
     "max_tokens": (128, 1024),
     "max_model_len": (512, 2048),
@@ -34,12 +35,10 @@ DEFAULTS = {  # of arguments that are not given: for the embedded model and what
 class Args:
     """Evaluate checkpoints on benchmarks: greedy pass@1, sampled avg@k and pass@j, with 95 % intervals."""
 
-    model: list[str] = HfArg(
-        default_factory=lambda: [EMBEDDED], help="Folders or hub names of transformers checkpoints."
-    )
+    model: list[str] = HfArg(default_factory=lambda: [TINY], help="Folders or hub names of transformers checkpoints.")
     task: list[str] | None = HfArg(
         default=None,
-        help=f"One or several of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the embedded model, countdown4 "
+        help=f"One or several of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the tiny model, countdown4 "
         "for any other).",
     )
     data: str | None = HfArg(default=None, help="File with the problems of the task (of one task only).")
@@ -49,12 +48,15 @@ class Args:
     )
     temperature: float = HfArg(default=1.0, help="Of the sampled responses.")
     chat: bool = HfArg(default=False, help="Put each prompt into the model's chat template (default: plain text).")
-    max_tokens: int | None = HfArg(default=None, help="Longest response (default: 128 for the embedded model, 1024).")
+    max_tokens: int | None = HfArg(
+        default=None, help="Longest response (default: 128 for the tiny model, 1024 for any other)."
+    )
     max_model_len: int | None = HfArg(
-        default=None, help="Longest prompt and response together (default: 512 for the embedded model, 2048)."
+        default=None, help="Longest prompt and response together (default: 512 for the tiny model, 2048 for any other)."
     )
     kv_cache_gib: float | None = HfArg(
-        default=None, help="vLLM's cache; it must hold one sequence (default: 0.5 for the embedded model, 8)."
+        default=None,
+        help="GiB of vLLM's cache, which must hold one sequence (default: 0.5 for the tiny model, 8 for any other).",
     )
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler.")
     seed: int = HfArg(default=0, help="Seed of the problems and the sampling.")
@@ -71,19 +73,6 @@ def evaluate(
     prompts = chat_prompts(actor.tokenizer, prompts) if chat else prompts
     rollouts = actor.generate(prompts, n, max_tokens, temperature, progress=ranks.rank() == 0)
     return rollouts, torch.tensor([[tasks.reward(p, r.text) for r in row] for p, row in zip(problems, rollouts)])
-
-
-def mean_interval(per_problem: Tensor) -> tuple[float, float]:
-    """Mean over problems and the half-width of its 95 % interval (normal; problems are the independent draws).
-
-    per_problem [P]: each problem's mean reward, or a difference of two such means.
-
-    >>> [round(x, 3) for x in mean_interval(torch.tensor([0.0, 1.0, 0.0, 1.0]))]
-    [0.5, 0.566]
-    """
-    if len(per_problem) < 2:
-        return per_problem.mean().item(), math.inf
-    return per_problem.mean().item(), 1.96 * per_problem.std().item() / math.sqrt(len(per_problem))
 
 
 def pass_at(j: int, rewards: Tensor) -> Tensor:
@@ -246,4 +235,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Args).parse_args_into_dataclasses())
+    main(parse_args(Args))

@@ -1,7 +1,10 @@
-"""GRPO: group advantages, token log-probabilities, the clipped objective and its gradient steps (Eq. 5-6, 12-13).
+"""GRPO: advantages, log-probabilities, the clipped loss, and the gradient steps (Eq. 5-6, 12-13).
 
-Nothing here knows where credit comes from: shape_advantages is the line through which it enters. No KL term and no
-entropy bonus, as in the paper. Only torch is needed.
+Nothing here knows where credit comes from: it enters through shape_advantages. There is no KL term and no entropy
+bonus, as in the paper. Only torch is needed. This file has two parts:
+
+    1. The mathematics    pure functions of tensors
+    2. Through the model  the same on a model that may be wrapped by DDP, FSDP2 or PEFT, in passes that fit into memory
 """
 
 import math
@@ -12,9 +15,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+# ---- 1. The mathematics ----
+
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """Eq. 6: (r - mean) / std inside each group; a group of equal rewards gets 0. std is the sample's (n - 1).
+    """Eq. 6: (r - mean) / std inside each group. A group of equal rewards gets 0. std is the sample's (n - 1).
 
     rewards [P,G], the G responses to each of P prompts. Returns [P,G] float32.
 
@@ -31,25 +36,37 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
 
 def shape_advantages(advantages: Tensor, gamma: Tensor, sign: str = "both") -> Tensor:
-    """A_t * gamma_t, each token's share. gamma applies to advantages of the given sign only.
+    """A * gamma_t: the advantage of each token. This is where credit enters.
 
-    The paper takes both; its first version, positive ones.
-
-    advantages [B], gamma [B,N]. Returns [B,N].
+    advantages [B], gamma [B,N]. Returns [B,N]. sign: gamma multiplies "both" signs of the advantage (the paper), or
+    only "positive" ones (the paper's first version), or only "negative" ones.
 
     >>> shape_advantages(torch.tensor([2.0, -2.0]), torch.tensor([[1.0, 1.5], [1.0, 1.5]]), sign="positive")
     tensor([[ 2.,  3.],
             [-2., -2.]])
     """
-    a = advantages[:, None]
-    applies = {"both": torch.ones_like(a, dtype=torch.bool), "positive": a >= 0, "negative": a <= 0}
-    if sign not in applies:
-        raise ValueError(f"unknown sign {sign!r}: choose one of {', '.join(applies)}")
-    return a * torch.where(applies[sign], gamma, 1.0)
+    a = advantages[:, None]  # [B,1]
+    if sign == "positive":
+        gamma = torch.where(a >= 0, gamma, 1.0)
+    elif sign == "negative":
+        gamma = torch.where(a <= 0, gamma, 1.0)
+    elif sign != "both":
+        raise ValueError(f"unknown sign {sign!r}: choose one of both, positive, negative")
+    return a * gamma
+
+
+def logprob_and_entropy(logits: Tensor, ids: Tensor, entropy: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each token and, if asked, the entropy (nats) of its distribution.
+
+    logits [tokens,V] in any dtype, ids [tokens]. Returns ([tokens], [tokens] or None) float32.
+    """
+    logp = logits.float().log_softmax(-1)  # [tokens,V]
+    logprobs = logp.gather(1, ids[:, None])[:, 0]
+    return logprobs, -(logp.exp() * logp).sum(-1) if entropy else None
 
 
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """rho_t = pi(o_t) / pi_old(o_t) of each response token (Eq. 5); 1 outside the mask. All [B,N]."""
+    """Eq. 5: rho_t = pi(o_t) / pi_old(o_t) of each response token; 1 outside the mask. All [B,N]."""
     return torch.exp(torch.where(mask, logprobs - old_logprobs, 0.0))
 
 
@@ -64,65 +81,72 @@ def clipped_loss(
 ) -> Tensor:
     """Eq. 12-13, negated: the mean over responses of the mean over each one's tokens of the clipped objective.
 
-    All [B,N]; advantages are already shaped. Gradient flows through logprobs alone. epsilon_high is the upper clip
-    where it is another than the lower ("clip-higher", DAPO). `responses` is the number to divide by when this is one
-    part of a larger batch (default: B). A response without tokens contributes 0. Returns a scalar.
+    All [B,N]. advantages are already shaped: A * gamma_t. Gradient flows through logprobs alone.
+    epsilon_high: the upper clip range, if different from epsilon ("clip-higher", DAPO).
+    responses: the number to divide by, if this is one part of a larger batch (default: B).
+    A response without tokens contributes 0. Returns a scalar.
     """
-    high = epsilon if epsilon_high is None else epsilon_high
-    ratio = probability_ratio(logprobs, old_logprobs, mask)
-    objective = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + high) * advantages)
-    per_response = torch.where(mask, objective, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+    if epsilon_high is None:
+        epsilon_high = epsilon
+    ratio = probability_ratio(logprobs, old_logprobs, mask)  # [B,N]
+    clipped_ratio = ratio.clamp(1 - epsilon, 1 + epsilon_high)
+    objective = torch.min(ratio * advantages, clipped_ratio * advantages)
+    per_response = torch.where(mask, objective, 0.0).sum(1) / mask.sum(1).clamp(min=1)  # [B]
     return -per_response.sum() / (responses or len(mask))
 
 
-# Float32 logits made at a time: 128 MiB, 220 tokens at a vocabulary of 152,000; softmax and gradient take more.
+# ---- 2. Through the model ----
+
+# Float32 logits made at a time: 128 MiB, 220 tokens at a vocabulary of 152,000. Softmax and gradient take more.
 CHUNK = 2**25
 
 
 def token_logprobs(model, input_ids: Tensor, mask: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each response token and, if asked, the entropy (nats) of the distribution it came from.
+    """Log-probability of each response token and, if asked, the entropy of its distribution. Temperature 1.
 
-    input_ids [B,N] right-padded, mask [B,N] bool. No attention mask is needed: padding lies after every real token,
-    where causal attention never looks. Logits are made only where the mask is, and never all at once: the output head
-    runs chunk by chunk, in the backward pass again. Returns ([B,N], [B,N] or None), 0 outside the mask. Temperature 1.
-    The model may be wrapped by DDP, FSDP2 or PEFT (LoRA), by whomever. Autocast is the caller's: a forward that
-    accelerate has replaced to enter it is not called, so call within accelerator.autocast().
+    input_ids [B,N] right-padded, mask [B,N] bool. Returns ([B,N], [B,N] or None), 0 outside the mask.
+
+    No attention mask is needed: padding lies after every real token, where causal attention never looks. Logits are
+    made only where the mask is, and never all at once: the output head runs chunk by chunk, and again in the backward
+    pass.
+
+    The model may be wrapped by DDP, FSDP2 or PEFT (LoRA). The caller must enter autocast: accelerate's own wrapper
+    around forward is bypassed.
     """
     if mask[:, 0].any():
         raise ValueError("mask marks token 0, which nothing comes before: every response needs a prompt")
     inner = getattr(model, "module", model)  # DDP's own model
     softcap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)  # Gemma's
 
+    def score_states(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = inner.get_output_embeddings()(states)  # [tokens,V]
+        if softcap:
+            logits = softcap * torch.tanh(logits.float() / softcap)
+        return logprob_and_entropy(logits, ids, entropy)
+
     def forward() -> tuple[Tensor, Tensor | None]:
         hidden = inner.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]  # [B,N-1,d]
         states, ids = hidden[mask[:, 1:]], input_ids[mask]  # [tokens,d], [tokens]: the state that produced each token
-        head = inner.get_output_embeddings()
+        size = max(1, CHUNK // inner.get_output_embeddings().weight.shape[0])
+        if len(ids) <= size:
+            return score_states(states, ids)
+        parts = [
+            checkpoint(score_states, chunk, chunk_ids, use_reentrant=False)
+            for chunk, chunk_ids in zip(states.split(size), ids.split(size))
+        ]
+        logprobs, entropies = zip(*parts)
+        return torch.cat(logprobs), torch.cat(entropies) if entropy else None
 
-        def chunk(h: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
-            logits = head(h).float()
-            if softcap:
-                logits = softcap * torch.tanh(logits / softcap)
-            logp = logits.log_softmax(-1)
-            chosen = logp.gather(1, i[:, None])[:, 0]
-            return chosen, -(logp.exp() * logp).sum(-1) if entropy else chosen.detach()
-
-        size = max(1, CHUNK // head.weight.shape[0])
-        if len(ids) > size:
-            parts = [checkpoint(chunk, h, i, use_reentrant=False) for h, i in zip(states.split(size), ids.split(size))]
-            chosen, uncertainty = (torch.cat(x) for x in zip(*parts))
-        else:
-            chosen, uncertainty = chunk(states, ids)
-        zero = torch.zeros(mask.shape, device=mask.device)
-        return zero.masked_scatter(mask, chosen), zero.masked_scatter(mask, uncertainty) if entropy else None
-
-    return _in_place_of_forward(model, inner, forward)
+    logprobs, entropies = _call_as_forward(model, inner, forward)  # [tokens] each
+    zero = torch.zeros(mask.shape, device=mask.device)
+    return zero.masked_scatter(mask, logprobs), zero.masked_scatter(mask, entropies) if entropy else None
 
 
-def _in_place_of_forward(model, inner, forward: Callable):
-    """forward(), called as the inner model's own forward pass.
+def _call_as_forward(model, inner, forward: Callable):
+    """forward(), called as the model's own forward pass.
 
-    So whoever has wrapped the model does what it does around a pass: FSDP2 gathers the weights before it, and both
-    FSDP2 and DDP reduce the gradients after it.
+    DDP and FSDP2 act around model.forward() only: FSDP2 gathers the weights before it, and both reduce the gradients
+    after it. So we replace the inner model's forward for one call and call the wrapped model.
     """
     own = inner.__dict__.get("forward")  # None unless somebody has replaced the class's, as accelerate does
     inner.forward = forward
@@ -136,7 +160,7 @@ def _in_place_of_forward(model, inner, forward: Callable):
 
 
 def check_head(model) -> None:
-    """Raise ValueError if the model does to its logits what token_logprobs does not (scale them, say)."""
+    """Raise ValueError if the model changes its logits (scales them, say) in a way token_logprobs does not know."""
     ids = torch.tensor([[0, 1, 2, 3]], device=next(model.parameters()).device)
     with torch.no_grad():
         ours = token_logprobs(model, ids, ids > 0)[0][:, 1:]
@@ -148,35 +172,41 @@ def check_head(model) -> None:
 
 
 def micro_batches(mask: Tensor, rows: Tensor, tokens: int) -> list[tuple[Tensor, int]]:
-    """The rows in groups of similar length that fill a pass of so many tokens, each with how many columns it needs.
+    """Split rows into passes of similar length with at most `tokens` tokens each, padding included.
 
-    Padding counts. A row longer than that gets a pass of its own.
+    mask [B,N]; rows [number], the row numbers to split. Returns (row numbers, columns needed) of each pass. A row is
+    never split: one that is longer than `tokens` gets a pass of its own.
 
     >>> mask = torch.tensor([[0, 1, 1, 1], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 0]]).bool()
     >>> micro_batches(mask, torch.tensor([0, 1, 2]), tokens=6)
     [(tensor([1, 2]), 3), (tensor([0]), 4)]
     """
-    ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
-    groups: list[tuple[list[int], int]] = []
+    ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)  # [B], columns each row needs
+    passes, current = [], []
     for row in rows[ends[rows].argsort(stable=True)].tolist():
-        n = int(ends[row])
-        if not groups or (len(groups[-1][0]) + 1) * n > tokens:
-            groups.append(([], n))
-        groups[-1] = ([*groups[-1][0], row], n)
-    return [(torch.tensor(group, device=mask.device), n) for group, n in groups]
+        width = int(ends[row])  # the longest so far: the others would be padded to it
+        if current and (len(current) + 1) * width > tokens:
+            passes.append(current)
+            current = []
+        current.append(row)
+    if current:
+        passes.append(current)
+    return [(torch.tensor(rows_of_pass, device=mask.device), int(ends[rows_of_pass[-1]])) for rows_of_pass in passes]
 
 
-def share_of_passes(passes: list, rank: int, world: int) -> list[tuple]:
-    """A rank's passes, each with whether its result counts. Of no passes, none.
+def share_passes(passes: list, rank: int, world: int) -> list[tuple]:
+    """The passes of one rank, each with whether its result counts.
 
-    The ranks of a sharded model must make equally many. Where the passes do not divide by the ranks, some ranks make
-    one that another rank has made as well, and that one does not count.
+    All ranks must make equally many passes, or FSDP2 deadlocks, because it gathers weights on all ranks together. If
+    the passes cannot be divided evenly, some ranks repeat a pass of another rank, and the repeated one does not
+    count.
 
-    >>> share_of_passes(["a", "b", "c"], rank=0, world=2), share_of_passes(["a", "b", "c"], rank=1, world=2)
+    >>> share_passes(["a", "b", "c"], rank=0, world=2), share_passes(["a", "b", "c"], rank=1, world=2)
     ([('a', True), ('c', True)], [('b', True), ('a', False)])
     """
-    turns = math.ceil(len(passes) / world)
-    return [(passes[i % len(passes)], i < len(passes)) for i in range(rank, turns * world, world)]
+    passes_per_rank = math.ceil(len(passes) / world)
+    numbers = range(rank, passes_per_rank * world, world)
+    return [(passes[i % len(passes)], i < len(passes)) for i in numbers]
 
 
 def update(
@@ -193,30 +223,44 @@ def update(
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, float]:
-    """One gradient step on each minibatch (row numbers) of a batch of rollouts, in passes of micro_tokens.
+    """One gradient step on each minibatch of a batch of rollouts, in passes of micro_tokens.
 
-    All [B,N], advantages shaped, minibatches on the same device. Rows whose advantages are all 0 count in the mean but
-    are not computed: exact, for their gradient is 0; of such rows alone, a minibatch moves nothing. Gradients are
-    clipped to norm 1; a step whose gradient is not finite is not taken. Several ranks must all hold the same batch, or
-    they would wait for each other for ever: each makes its share of the passes; a sharded model averages gradients.
-    Returns means over the steps: the loss (this rank's share, to be summed), the gradient norm, and steps not taken.
+    input_ids, mask, old_logprobs, advantages: [B,N]; advantages are shaped. minibatches: row numbers, on the same
+    device.
+
+    A row whose advantages are all 0 has gradient 0. Such rows are not computed, but they count in the mean, so the
+    result is exact. A minibatch of only such rows changes nothing. Gradients are clipped to norm 1. A step whose
+    gradient is not finite is not taken.
+
+    With several ranks, all must hold the same batch. Each makes its share of the passes, and FSDP2 averages the
+    gradients.
+
+    Returns means over the steps: the loss (this rank's share of it, to be summed), the gradient norm, and how many
+    steps were not taken.
     """
     losses, norms, skipped = [], [], 0
     for minibatch in minibatches:
-        loss, teaches = 0.0, (advantages[minibatch] * mask[minibatch]).any(1)
-        passes = micro_batches(mask, minibatch[teaches], micro_tokens)
-        for (rows, n), counts in share_of_passes(passes, rank, world):
-            response = mask[rows, :n]
-            logprobs, _ = token_logprobs(model, input_ids[rows, :n], response)
-            part = clipped_loss(
-                logprobs, old_logprobs[rows, :n], advantages[rows, :n], response, epsilon, epsilon_high, len(minibatch)
+        has_gradient = (advantages[minibatch] * mask[minibatch]).any(1)
+        passes = micro_batches(mask, minibatch[has_gradient], micro_tokens)
+        loss_sum = 0.0
+        for (rows, width), counts in share_passes(passes, rank, world):
+            response = mask[rows, :width]
+            logprobs, _ = token_logprobs(model, input_ids[rows, :width], response)
+            loss = clipped_loss(
+                logprobs,
+                old_logprobs[rows, :width],
+                advantages[rows, :width],
+                response,
+                epsilon=epsilon,
+                epsilon_high=epsilon_high,
+                responses=len(minibatch),
             )
-            part = part * counts
-            (part * world).backward()
-            loss += part.item()
+            loss = loss * counts  # a repeated pass has weight 0
+            (loss * world).backward()  # FSDP2 averages over the ranks, but the loss is a sum over their passes
+            loss_sum += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
-        losses.append(loss)
+        losses.append(loss_sum)
         if math.isfinite(norms[-1]):
             optimizer.step()
         else:

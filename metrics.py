@@ -1,12 +1,16 @@
-"""WAAD and FAI: the definitions on full maps, and the same numbers without any map (Eq. 9-10).
+"""The two signals of a token that the credit is made from (Eq. 9-10), as definitions and then without attention maps.
 
-A row of attention sums to 1, and both metrics look a bounded distance back. So no map is needed. With the log-sum-exp
-Z_t of row t, which fused attention computes anyway, A[t,s] = exp(q_t . k_s * scale - Z_t) is computed for the pairs
-that count and for no others, a band along the diagonal:
+WAAD, windowed average attention distance: how far back token t looks, distances above W = 10 counting as W.
+FAI, future attention influence: how much later tokens, 10 to 100 places after token s, look at it.
 
-    WAAD_t = sum_s A[t,s] min(t-s, W)                       = W - sum_{t-s<W} (W - (t-s)) A[t,s]
-    FAI_s  = mean of A[t,s] over t in R, H_lo <= t-s <= H_hi  sums the band's columns
-    span   = mean over t in R of sum_s A[t,s] (t-s)         = t - (what the head outputs when its values are positions)
+Row t of an attention map A is the query of token t itself. (The row before it, t-1, is the one that produced token t.)
+
+This file has four parts:
+
+    1. waad, fai: the definitions, on full maps [N,N]. Short and slow; the tests compare all else with them.
+    2. observe, measure_heads: what a trainer calls. One forward pass, four numbers per token.
+    3. streamed_waad, streamed_fai, streamed_spans: the same without any map, in memory that is linear in N.
+    4. right_padding: for batches that are padded on the left.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,50 +19,55 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo import token_logprobs
-from heads import Heads, Recorded, fused_attention, middle_layers, record, split_heads
+from attention import Recorded, fused_attention, recording
+from grpo import micro_batches, token_logprobs
+from heads import Heads, middle_layers, split_heads
 
-ChosenHeads = list[tuple[Recorded, Tensor]]  # recorded layers, each with the heads to look at, [H] bool
-
-
-class Signals(NamedTuple):
-    """What one forward pass says about each response token: [B,N] float32, 0 outside the mask."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    waad: Tensor
-    fai: Tensor
-    heads: Heads  # the split that WAAD and FAI were taken with
+# ---- 1. The definitions ----
 
 
 def waad(local_map: Tensor, mask: Tensor, window: int = 10) -> Tensor:
-    """Eq. 9, the definition: windowed average attention distance, from 0 to window tokens. Its peaks: preplan tokens.
+    """Eq. 9: WAAD_t = sum over s <= t of A[t,s] min(t-s, W). From 0 to W tokens.
 
-    local_map [B,N,N] (row t, column s), the mean map of the local heads; mask [B,N]. Returns [B,N].
+    local_map [B,N,N] (row t, column s), the mean map of the local heads; mask [B,N] bool, the response tokens. Returns
+    [B,N], 0 outside the mask.
 
     >>> waad(torch.tensor([[[1.0, 0.0], [0.25, 0.75]]]), torch.tensor([[False, True]]))
     tensor([[0.0000, 0.2500]])
     """
     t = torch.arange(mask.shape[1], device=mask.device)
-    distance = (t[:, None] - t).clamp(0, window)  # [N,N]
+    distance = (t[:, None] - t).clamp(0, window)  # [N,N], min(t-s, W)
     return torch.where(mask, (local_map.float() * distance).sum(-1), 0.0)
 
 
 def fai(global_map: Tensor, mask: Tensor, horizon: tuple[int, int | None] = (10, 100)) -> Tensor:
-    """Eq. 10, the definition: future attention influence, the mean attention a token gets from later response tokens.
+    """Eq. 10: FAI_s = mean of A[t,s] over the response rows t from s+H_lo to s+H_hi.
 
-    global_map [B,N,N], the mean map of the global heads; mask [B,N]; token s is looked at from s+lo to s+hi, or to the
-    end of the response when hi is None. Returns [B,N]; 0 for tokens that nothing looks at, the last lo ones.
+    global_map [B,N,N], the mean map of the global heads; mask [B,N] bool; horizon (H_lo, H_hi), where H_hi = None means
+    the end of the response. Returns [B,N], 0 outside the mask and for the last H_lo tokens, which no such row looks at.
 
     >>> fai(torch.tensor([[[1.0, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5]]]), torch.tensor([[False, True, True]]), (1, 9))
     tensor([[0.0000, 0.3000, 0.0000]])
     """
     t = torch.arange(mask.shape[1], device=mask.device)
-    back = t[:, None] - t
+    distance = t[:, None] - t  # [N,N], t - s
     low, high = horizon[0], mask.shape[1] if horizon[1] is None else horizon[1]
-    looks = (back >= low) & (back <= high) & mask[:, :, None]  # [B,N,N]
-    received = torch.where(looks, global_map.float(), 0.0).sum(1)
+    looks = (distance >= low) & (distance <= high) & mask[:, :, None]  # [B,N,N], whether row t counts for column s
+    received = torch.where(looks, global_map.float(), 0.0).sum(1)  # [B,N]
     return torch.where(mask, received / looks.sum(1).clamp(min=1), 0.0)
+
+
+# ---- 2. What a trainer calls ----
+
+
+class Signals(NamedTuple):
+    """What one forward pass says about each response token: [B,N] float32, 0 outside the mask."""
+
+    logprobs: Tensor  # log pi_old of the token
+    entropy: Tensor  # nats, of the distribution the token was drawn from
+    waad: Tensor
+    fai: Tensor
+    heads: Heads  # the split that WAAD and FAI were taken with
 
 
 def observe(
@@ -71,126 +80,168 @@ def observe(
     attention_mask: Tensor | None = None,
     score: Callable[..., tuple[Tensor, Tensor]] = token_logprobs,
 ) -> Signals:
-    """One forward pass without gradient: pi_old log-probs, entropy, WAAD and FAI. No map is ever made.
+    """One forward pass without gradient: log pi_old, entropy, WAAD and FAI of each response token. No map is made.
 
-    input_ids [B,N], mask [B,N] bool, the response tokens. heads is the split to use; None measures it on this batch, in
-    five layers of the middle third. Without attention_mask, padding is taken to lie on the right. A batch padded on the
-    left or on both sides needs attention_mask [B,N], 1 for real tokens: rows are shifted to right padding, and what is
-    found is shifted back to the caller's places. score(model, input_ids, mask, entropy=True) makes the pass over
-    right-padded rows; a trainer that has its own way to log-probs gives that.
-    The caller sees to dropout (model.eval()); to one split for several ranks, each of which measures its own (average
-    Heads.spans, then split_heads); and to FSDP2's root, which a pass without gradient leaves gathered (model.reshard()
-    before you make an optimizer or a state dict).
-    Raises ValueError for an attention_mask that has holes or leaves out tokens of mask, for models whose attention
-    cannot be recorded, and for heads that were measured on a batch without response tokens.
+    How it works: `score` runs the model's forward pass. Meanwhile `recording` makes the chosen layers keep their
+    queries, keys and log-sum-exp (attention.py). From these, streamed_waad and streamed_fai compute the two signals.
+
+    Args:
+        input_ids: [B,N], padded on the right, or anyhow if attention_mask is given.
+        mask: [B,N] bool, the response tokens.
+        heads: the split to use, Signals.heads of an earlier call. None measures it on this batch first, by one more
+            pass. Keep it for about ten steps.
+        attention_mask: [B,N], 1 for real tokens. The signals come back at the caller's places.
+        score: makes the pass over right-padded rows, score(model, input_ids, mask, entropy=True), and returns
+            (logprobs, entropy). A trainer with its own way to log-probs gives that.
+
+    The caller must
+        - switch dropout off: model.eval();
+        - use one split on all ranks: average Heads.spans over the ranks, then split_heads;
+        - with FSDP2, call model.reshard() before making an optimizer or a state dict, because a pass without gradient
+          leaves the root's weights gathered.
+
+    Raises ValueError for an attention_mask with holes, for a model whose attention cannot be recorded, and for heads
+    that were measured on a batch without response tokens.
     """
     if attention_mask is not None:
         places = right_padding(attention_mask, mask)
-        shifted = (x.gather(1, places) for x in (input_ids, mask))
-        *found, heads = observe(model, *shifted, heads, window, horizon, score=score)
-        return Signals(*(torch.zeros(mask.shape, device=mask.device).scatter(1, places, x) for x in found), heads)
-    if heads and not heads.spans.isfinite().all():
+        shifted_ids, shifted_mask = input_ids.gather(1, places), mask.gather(1, places)
+        *shifted, heads = observe(model, shifted_ids, shifted_mask, heads, window, horizon, score=score)
+        back = [torch.zeros(mask.shape, device=mask.device).scatter(1, places, x) for x in shifted]
+        return Signals(*back, heads)
+
+    if heads is None:
+        heads = measure_heads(model, input_ids, mask, score=score)
+    elif not heads.spans.isfinite().all():
         raise ValueError("heads were measured on a batch without response tokens: measure them on another, heads=None")
-    config = getattr(model, "module", model).config  # DDP's own model
-    layers = heads.layers if heads else middle_layers(config.get_text_config().num_hidden_layers)
+
     with torch.no_grad():
-        with record(model, layers) as recorded:
+        with recording(model, heads.layers) as recorded:
             logprobs, entropy = score(model, input_ids, mask, entropy=True)
-        if heads is None:
-            spans = torch.stack([streamed_spans(recorded[layer], mask) for layer in layers])
-            heads = Heads(layers, spans, *split_heads(spans))
-        local_heads = [(recorded[layer], chosen) for layer, chosen in zip(layers, heads.is_local)]
-        global_heads = [(recorded[layer], chosen) for layer, chosen in zip(layers, heads.is_global)]
-        # Eq. 8 takes the mean of the maps. WAAD and FAI are linear in the map, so theirs is the same.
-        mean_waad = streamed_waad(local_heads, mask, window).mean(1)
+        local_heads = [(recorded[layer], chosen) for layer, chosen in zip(heads.layers, heads.is_local)]
+        global_heads = [(recorded[layer], chosen) for layer, chosen in zip(heads.layers, heads.is_global)]
+        # Eq. 8 averages the maps over a group of heads. WAAD and FAI are linear in the map, so averaging them over the
+        # heads instead gives the same numbers.
+        mean_waad = streamed_waad(local_heads, mask, window).mean(1)  # [B,heads,N] -> [B,N]
         mean_fai = streamed_fai(global_heads, mask, horizon).mean(1)
     return Signals(logprobs, entropy, mean_waad, mean_fai, heads)
 
 
-def right_padding(attention_mask: Tensor, mask: Tensor) -> Tensor:
-    """The places that each row's tokens come from when it is shifted to begin with its first real one.
+def measure_heads(
+    model,
+    input_ids: Tensor,
+    mask: Tensor,
+    layers: list[int] | None = None,
+    quantile: float = 0.3,
+    micro_tokens: int | None = None,
+    score: Callable[..., tuple[Tensor, Tensor]] = token_logprobs,
+) -> Heads:
+    """Eq. 7 and the split, measured on a batch of right-padded rows: forward passes without gradient, no map.
 
-    attention_mask [B,N], 1 for real tokens; mask [B,N] bool. Returns [B, longest row].
-
-    >>> right_padding(torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 1, 0]]), torch.zeros(2, 5, dtype=torch.bool))
-    tensor([[2, 3, 4],
-            [1, 2, 3]])
+    layers: the sampled layers (default: five of the middle third). quantile: the share of heads in each group.
+    micro_tokens: tokens in one pass, padding included (default: the whole batch in one pass).
     """
-    real = attention_mask.bool()
-    if (mask & ~real).any():
-        raise ValueError("mask marks a response token where attention_mask is 0")
-    first, n = real.int().argmax(1, keepdim=True), real.shape[1]
-    places = (first + torch.arange(n, device=real.device)) % n
-    shifted = real.gather(1, places)
-    if (shifted[:, 1:] & ~shifted[:, :-1]).any():
-        raise ValueError("attention_mask has a hole, a 0 between 1s: a row's real tokens must lie side by side")
-    return places[:, : int(real.sum(1).max())]
+    if layers is None:
+        config = getattr(model, "module", model).config  # DDP's own model
+        layers = middle_layers(config.get_text_config().num_hidden_layers)
+    passes = [(torch.arange(len(mask), device=mask.device), mask.shape[1])]
+    if micro_tokens is not None:
+        passes = micro_batches(mask, passes[0][0], micro_tokens)
+
+    spans = 0.0  # [layers,H], the mean over the response tokens of all passes
+    for rows, width in passes:
+        ids, response = input_ids[rows, :width], mask[rows, :width]
+        with torch.no_grad(), recording(model, layers) as recorded:
+            score(model, ids, response, entropy=True)
+        of_this_pass = torch.stack([streamed_spans(recorded[layer], response) for layer in layers])
+        spans = spans + of_this_pass * response.sum() / mask.sum()
+    return Heads(layers, spans, *split_heads(spans, quantile))
 
 
-def measure_spans(model, input_ids: Tensor, mask: Tensor, layers: list[int]) -> Tensor:
-    """Eq. 7 for every head of the layers, from one forward pass without gradient. [layers,H]"""
-    with torch.no_grad(), record(model, layers) as recorded:
-        token_logprobs(model, input_ids, mask)
-    return torch.stack([streamed_spans(recorded[layer], mask) for layer in layers])
+# ---- 3. The same without maps ----
+#
+# Which entries of A are needed?
+#
+#           column s ->                  w: t - s < W               WAAD reads these W entries of row t
+#     row   w . . . . . . .              f: H_lo <= t - s <= H_hi   FAI averages these entries of column s
+#      t    w w . . . . . .
+#      |    w w w . . . . .              (in the picture W = 3, H_lo = 3, H_hi = 4)
+#      v    f w w w . . . .
+#           f f w w w . . .              Everything lies in a band along the diagonal. With the log-sum-exp Z_t of
+#           . f f w w w . .              row t, each entry of the band is exp(q_t . k_s * scale - Z_t). The band has
+#           . . f f w w w .              N * (H_hi + 1) entries instead of N * N.
+#           . . . f f w w w
+#
+# FAI only looks at the band. WAAD looks at the whole row, but far entries all count alike, W each, and a row sums to 1:
+#
+#     min(d, W) = W - max(W - d, 0)
+#     WAAD_t = sum_s A[t,s] min(t-s, W) = W sum_s A[t,s] - sum_s A[t,s] max(W - (t-s), 0)
+#            = W - sum over t-s < W of (W - (t-s)) A[t,s]
+#
+# So the last W columns are enough. A span needs the whole row, but it is an attention output: see streamed_spans.
+
+ChosenHeads = list[tuple[Recorded, Tensor]]  # recorded layers, each with the heads to look at, [H] bool
 
 
-def streamed_spans(layer: Recorded, mask: Tensor) -> Tensor:
-    """Eq. 7 by one more fused attention call, whose values are positions. Returns [H] float32.
+class Block(NamedTuple):
+    """A rectangle of the band: some rows of the maps of one layer's chosen heads."""
 
-    sum_s A[t,s] (t-s) = t sum_s A[t,s] - sum_s A[t,s] s. Both sums come from the same call, so what rounding takes from
-    the row's weights it takes from both. Positions go in as two columns, s // 256 and s % 256: averages of small
-    numbers keep the digits that a difference of large ones would lose. Queries and keys go in as float32, or the
-    averages would come out in the model's bf16, with eight bits.
-    """
-    s = torch.arange(mask.shape[1], device=mask.device)
-    columns = torch.stack([torch.ones_like(s), s % 256, s // 256], -1).float()  # [N,3]
-    key = layer.key.float()
-    values = torch.nn.functional.pad(columns, (0, key.shape[-1] - 3)).expand_as(key)
-    out, _ = fused_attention(layer.query.float(), key, values, layer.scale, layer.visible)
-    weight, fine, coarse = out[..., :3].unbind(-1)  # [B,H,N] each
-    distance = (weight * (s % 256) - fine) + 256 * (weight * (s // 256) - coarse)
-    return (distance.double() * mask[:, None]).sum((0, 2)).float() / mask.sum()
+    heads: slice  # which of all chosen heads
+    rows: slice
+    columns: slice
+    distance: Tensor  # [rows,columns], t - s
+    attention: Tensor  # [B,heads,rows,columns], A; 0 where s > t
 
 
 def streamed_waad(heads: ChosenHeads, mask: Tensor, window: int = 10) -> Tensor:
-    """Eq. 9 of each chosen head, from the band t-s < window. Returns [B,heads,N]."""
-    near = torch.zeros(len(mask), _count(heads), mask.shape[1], device=mask.device)
-    for which, rows, _, back, attention in _band_blocks(heads, mask, reach=window - 1):
-        near[:, which, rows] = (attention * (window - back).clamp(0, window)).sum(-1)
+    """Eq. 9 of each chosen head, from the band t - s < W. Returns [B,heads,N]."""
+    near = torch.zeros(len(mask), _count(heads), mask.shape[1], device=mask.device)  # sum of (W - (t-s)) A[t,s]
+    for block in _band_blocks(heads, mask, reach=window - 1):
+        weight = (window - block.distance).clamp(0, window)
+        near[:, block.heads, block.rows] = (block.attention * weight).sum(-1)
     return torch.where(mask[:, None], window - near, 0.0)
 
 
 def streamed_fai(heads: ChosenHeads, mask: Tensor, horizon: tuple[int, int | None] = (10, 100)) -> Tensor:
-    """Eq. 10 of each chosen head: column sums of the band or, where the horizon has no end, of all rows less the band.
-
-    Returns [B,heads,N].
-    """
+    """Eq. 10 of each chosen head. Returns [B,heads,N]."""
     low, high = horizon
-    nearest, farthest = (0, low - 1) if high is None else (low, high)  # of the band, in tokens back
-    band = torch.zeros(len(mask), _count(heads), mask.shape[1], device=mask.device)
-    for which, rows, columns, back, attention in _band_blocks(heads, mask, reach=farthest):
-        looks = (back >= nearest) & (back <= farthest) & mask[:, rows, None]  # [B,rows,columns]
-        band[:, which, columns] += (attention * looks[:, None]).sum(2)
-    received = _column_sums(heads, mask) - band if high is None else band
+    if high is None:
+        received = _received_to_the_end(heads, mask, low)
+    else:
+        received = _received_in_band(heads, mask, low, high)
 
+    # How many response rows look at token s: those from s + low to s + high.
     n = mask.shape[1]
     s = torch.arange(n, device=mask.device)
-    rows_before = torch.nn.functional.pad(mask.cumsum(1), (1, 0))  # [B,N+1], response rows before each place
-    last = (s + (n if high is None else high)).clamp(max=n - 1)
-    looking = rows_before[:, last + 1] - rows_before[:, (s + low).clamp(max=n)]  # [B,N], rows of T(s)
+    rows_before = torch.nn.functional.pad(mask.cumsum(1), (1, 0))  # [B,N+1]; [:, i] = response rows among 0 .. i-1
+    first = (s + low).clamp(max=n)
+    end = (s + (n if high is None else high) + 1).clamp(max=n)
+    looking = rows_before[:, end] - rows_before[:, first]  # [B,N]
+
     mean = received.clamp(min=0) / looking.clamp(min=1)[:, None]
     return torch.where((mask & (looking > 0))[:, None], mean, 0.0)
 
 
-def _column_sums(heads: ChosenHeads, mask: Tensor) -> Tensor:
-    """What each token receives from all response rows, in each chosen head. [B,heads,N]
+def _received_in_band(heads: ChosenHeads, mask: Tensor, low: int, high: int) -> Tensor:
+    """The attention that each token gets from the response rows low to high places after it. [B,heads,N]"""
+    received = torch.zeros(len(mask), _count(heads), mask.shape[1], device=mask.device)
+    for block in _band_blocks(heads, mask, reach=high):
+        in_band = (block.distance >= low) & (block.distance <= high)  # [rows,columns]
+        looks = in_band & mask[:, block.rows, None]  # [B,rows,columns]
+        received[:, block.heads, block.columns] += (block.attention * looks[:, None]).sum(2)
+    return received
 
-    The output is A V, so the gradient of the response rows' outputs with respect to V is the column sums of A: one
+
+def _received_to_the_end(heads: ChosenHeads, mask: Tensor, low: int) -> Tensor:
+    """The attention that each token gets from all response rows at least `low` places after it. [B,heads,N]
+
+    It is what the token gets from all response rows, less what it gets from the band t - s < low. The first is a column
+    sum of A. Since the output is A V, a column sum is the gradient of the response rows' outputs with respect to V: one
     fused backward pass, in linear memory.
     """
-    sums = []
+    column_sums = []
     for layer, chosen in heads:
-        if not chosen.any():  # the fused kernel dies of an empty batch
+        if not chosen.any():  # the fused kernel crashes on an empty batch
             continue
         query, key = (x.float() for x in _of_heads(layer, chosen.nonzero()[:, 0]))
         with torch.enable_grad():
@@ -199,41 +250,88 @@ def _column_sums(heads: ChosenHeads, mask: Tensor) -> Tensor:
             upstream = torch.zeros_like(out)
             upstream[..., 0] = mask[:, None]
             (gradient,) = torch.autograd.grad(out, value, upstream)
-        sums.append(gradient[..., 0])
-    return torch.cat(sums, 1)
+        column_sums.append(gradient[..., 0])  # [B,heads of this layer,N]
+    return torch.cat(column_sums, 1) - _received_in_band(heads, mask, 0, low - 1)
+
+
+def streamed_spans(layer: Recorded, mask: Tensor) -> Tensor:
+    """Eq. 7 of each head of a layer, by one more fused attention call whose values are positions. Returns [H] float32.
+
+    The mean distance of row t is sum_s A[t,s] (t - s) = t sum_s A[t,s] - sum_s A[t,s] s. Both sums are attention
+    outputs: with values 1 and with values s. They come from the same call, so rounding errors in the weights cancel.
+
+    In float32 the position 32,768 leaves no digits for a mean distance of a few tokens. So a position is written as
+    s = 256 coarse + fine, and both parts are averaged by themselves. Queries and keys go in as float32, or the averages
+    would have the eight bits of bfloat16.
+    """
+    s = torch.arange(mask.shape[1], device=mask.device)
+    fine, coarse = s % 256, s // 256
+    values = torch.stack([torch.ones_like(s), fine, coarse], -1).float()  # [N,3]
+    key = layer.key.float()
+    values = torch.nn.functional.pad(values, (0, key.shape[-1] - 3)).expand_as(key)  # as wide as a key: [B,H_kv,N,D]
+    out, _ = fused_attention(layer.query.float(), key, values, layer.scale, layer.visible)
+
+    weight, mean_fine, mean_coarse = out[..., :3].unbind(-1)  # [B,H,N] each
+    distance = (weight * fine - mean_fine) + 256 * (weight * coarse - mean_coarse)
+    return (distance.double() * mask[:, None]).sum((0, 2)).float() / mask.sum()
+
+
+def _band_blocks(heads: ChosenHeads, mask: Tensor, reach: int) -> Iterator[Block]:
+    """The band t - s <= reach of the chosen heads' maps, in blocks of rows, from the first response row on."""
+    n, first_row = mask.shape[1], int(mask.any(0).int().argmax())
+    # A block as high as the band is wide: about half of it counts. 512 rows at most, to bound memory.
+    height = max(64, min(reach, 512))
+    first_head = 0
+    for layer, chosen in heads:
+        index = chosen.nonzero()[:, 0]  # waits for the GPU, so once per layer and not once per block
+        if not len(index):
+            continue
+        of_layer = slice(first_head, first_head + len(index))
+        first_head = of_layer.stop
+        lse = layer.lse[:, index, :, None]  # [B,heads,N,1]
+        for top in range(first_row, n, height):
+            rows = slice(top, min(top + height, n))
+            columns = slice(max(0, top - reach), rows.stop)
+            t = torch.arange(rows.start, rows.stop, device=mask.device)
+            s = torch.arange(columns.start, columns.stop, device=mask.device)
+            distance = t[:, None] - s
+            visible = distance >= 0 if layer.visible is None else layer.visible[:, :, rows, columns]
+            query, key = _of_heads(layer, index, rows, columns)  # copies of a block, never of all N
+            with torch.autocast(query.device.type, enabled=False):  # bfloat16 is not precise enough here
+                scores = (query.float() @ key.float().mT).mul_(layer.scale).sub_(lse[:, :, rows])
+            attention = scores.masked_fill_(~visible, -torch.inf).exp_()
+            yield Block(of_layer, rows, columns, distance, attention)
+
+
+def _of_heads(layer: Recorded, index: Tensor, rows=slice(None), columns=slice(None)) -> tuple[Tensor, Tensor]:
+    """Queries [B,heads,rows,D] of the heads numbered index, and for each of them its keys [B,heads,columns,D]."""
+    heads_per_key = layer.query.shape[1] // layer.key.shape[1]
+    return layer.query[:, :, rows][:, index], layer.key[:, :, columns][:, index // heads_per_key]
 
 
 def _count(heads: ChosenHeads) -> int:
     return sum(int(chosen.sum()) for _, chosen in heads)
 
 
-def _of_heads(layer: Recorded, index: Tensor, rows=slice(None), columns=slice(None)) -> tuple[Tensor, Tensor]:
-    """Queries [B,heads,rows,D] of the heads numbered index, and for each of them its keys [B,heads,columns,D]."""
-    group = layer.query.shape[1] // layer.key.shape[1]  # query heads that share a key head
-    return layer.query[:, :, rows][:, index], layer.key[:, :, columns][:, index // group]
+# ---- 4. Padding ----
 
 
-def _band_blocks(heads: ChosenHeads, mask: Tensor, reach: int) -> Iterator[tuple[slice, slice, slice, Tensor, Tensor]]:
-    """The maps of the chosen heads as blocks of rows, each with the columns up to `reach` tokens before its rows.
+def right_padding(attention_mask: Tensor, mask: Tensor) -> Tensor:
+    """Where each row's tokens come from when the row is shifted to the left, to begin with its first real token.
 
-    Yields (which of the chosen heads, rows, columns, t-s [rows,columns], A [B,heads,rows,columns]) from the first
-    response row on. A is 0 where s > t.
+    attention_mask [B,N], 1 for real tokens; mask [B,N] bool. Returns [B, longest row] column numbers for x.gather(1,
+    .).
+
+    >>> right_padding(torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 1, 0]]), torch.zeros(2, 5, dtype=torch.bool))
+    tensor([[2, 3, 4],
+            [1, 2, 3]])
     """
-    n, first = mask.shape[1], int(mask.any(0).int().argmax())
-    height = max(64, min(reach, 512))  # the band's width, so half of a block counts; 512 at most: linear memory
-    begin = 0
-    for layer, chosen in heads:
-        index = chosen.nonzero()[:, 0]  # waits for the GPU, so once a layer and not once a block
-        which, lse = slice(begin, begin + len(index)), layer.lse[:, index, :, None]
-        begin = which.stop
-        if not len(index):
-            continue
-        for top in range(first, n, height):
-            rows, columns = slice(top, min(top + height, n)), slice(max(0, top - reach), min(top + height, n))
-            t, s = (torch.arange(x.start, x.stop, device=mask.device) for x in (rows, columns))
-            back = t[:, None] - s
-            query, key = _of_heads(layer, index, rows, columns)  # copies of a block, never of all N
-            seen = back >= 0 if layer.visible is None else layer.visible[:, :, rows, columns]
-            with torch.autocast(query.device.type, enabled=False):  # a trainer's: eight bits are too few here
-                scores = (query.float() @ key.float().mT).mul_(layer.scale).sub_(lse[:, :, rows])
-            yield which, rows, columns, back, scores.masked_fill_(~seen, -torch.inf).exp_()
+    real = attention_mask.bool()
+    if (mask & ~real).any():
+        raise ValueError("mask marks a response token where attention_mask is 0")
+    n, first_real = real.shape[1], real.int().argmax(1, keepdim=True)
+    places = (first_real + torch.arange(n, device=real.device)) % n
+    shifted = real.gather(1, places)
+    if (shifted[:, 1:] & ~shifted[:, :-1]).any():
+        raise ValueError("attention_mask has a hole, a 0 between 1s: a row's real tokens must lie side by side")
+    return places[:, : int(real.sum(1).max())]

@@ -8,15 +8,14 @@ import gc
 import logging
 import os
 import warnings
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from node import precision, ranks
+from node.settings import load_config, load_model
 
 
 class Rollout(NamedTuple):
@@ -27,59 +26,6 @@ class Rollout(NamedTuple):
     logprobs: list[float]  # of ids, under the sampler's weights and temperature
     text: str  # the response, special tokens left out
     truncated: bool  # hit max_tokens before it ended
-
-
-EMBEDDED = "assets/tiny"  # the model that comes with the code
-EMBEDDED_SHAPE = {"vocab_size": 30, "hidden_size": 96, "num_hidden_layers": 12}
-
-
-def load_config(name: str):
-    """The transformers config of a folder or hub name. ValueError, in one line, when it holds no model."""
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as e:
-        where = "" if os.path.isdir(name) else " (no such folder here, so it was looked up on the hub)"
-        raise ValueError(f"cannot load a model from {name!r}{where}: {str(e).splitlines()[0]}") from e
-
-
-def load_model(name: str, device: str | None = None):
-    """The transformers model (float32; default: on the GPU if there is one) and tokenizer of a folder or hub name."""
-    load_config(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device), AutoTokenizer.from_pretrained(name)
-
-
-def check_length(name: str, config, tokens: int, argument: str) -> None:
-    """ValueError that names the argument if the model reads fewer than so many tokens."""
-    longest = getattr(config.get_text_config(), "max_position_embeddings", tokens)
-    if tokens > longest:
-        raise ValueError(f"{argument}: that takes {tokens} tokens, and {name} reads {longest} tokens at most")
-
-
-def load_tokenizer(name: str, max_model_len: int):
-    """The tokenizer of a folder or hub name; ValueError if there is no model or it reads too little."""
-    check_length(name, load_config(name), max_model_len, f"--max_model_len {max_model_len}")
-    return AutoTokenizer.from_pretrained(name)
-
-
-def is_embedded(name: str) -> bool:
-    """Whether a checkpoint is the embedded model, or one of its shape: trained from it, say."""
-    config = load_config(name).get_text_config()
-    return all(getattr(config, field, None) == size for field, size in EMBEDDED_SHAPE.items())
-
-
-def fill_defaults(args, defaults: dict[str, tuple], *models: str):
-    """The dataclass args, each of its fields that is None and in `defaults` filled in, and a line that says with what.
-
-    defaults gives for a field the value for the embedded model, then the one for any other model.
-    """
-    embedded = all(is_embedded(name) for name in models)
-    left_open = {name: pair for name, pair in defaults.items() if getattr(args, name) is None}
-    filled = {name: pair[0] if embedded else pair[1] for name, pair in left_open.items()}
-    kind = "the embedded model" if embedded else "a real model"
-    listed = " ".join(f"--{name} {value}" for name, value in filled.items())
-    return replace(args, **filled), f"defaults for {kind}: {listed or 'none was needed'}"
 
 
 def start_actor(
@@ -137,7 +83,7 @@ class VLLMActor:
         sleep_mode: bool = False,
         dtype: str = "auto",
     ):
-        dtype = precision.choose(dtype, load_config(path))  # a missing model is named here, in one line
+        dtype = precision.choose_dtype(dtype, load_config(path))  # a missing model is named here, in one line
         # Read by vLLM when it is imported and when it starts, so they come first; what the user has set stays.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

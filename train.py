@@ -1,45 +1,56 @@
 """GRPO with attention-guided credit, the whole loop (arXiv 2510.13554, Fig. 1 and Sec. 5).
 
-    python train.py                                        the embedded model learns Countdown, on two CPU cores
-    python train.py --credit uniform                       plain GRPO, to compare
-    python train.py --resume runs/countdown-tiny-coupled-1 a run that was stopped goes on
-    node/paper.sh math-4b-1k                               Qwen3-4B-Base on eight GPUs, as in the paper
+    python train.py                                         the tiny model learns Countdown, on two CPU cores
+    python train.py --credit uniform                        plain GRPO, to compare
+    python train.py --resume runs/countdown-tiny-coupled-1  continue a run that was stopped
+    node/paper.sh math-4b-1k                                Qwen3-4B-Base on eight GPUs, as in the paper
+
+Read examples/minimal.py first: it is the same loop in one file, from attention maps. This one samples with vLLM,
+needs no maps, runs on several GPUs, and can be stopped and resumed. `main` is the outer loop. `train_step` is one
+training step; its numbered comments are the rows of the table in README.md.
+
+Several GPUs. torchrun starts this program once per GPU; each copy is a rank. All ranks hold the same small things:
+problems, rollouts, rewards, advantages, random order. Each does its share of the two large things, and then they
+exchange results. A rank samples its share of the problems (`ranks.my_share`, `ranks.all_gather`), and it makes its
+share of the forward and backward passes (`share_passes`, `ranks.all_reduce_sum`). FSDP2 keeps a part of the weights
+on each rank and averages gradients. With one process these functions return what they are given.
 
 Where this departs from the paper, and why:
-1. The paper scores with a third model under eager attention, to have maps. Here WAAD and FAI come from the scoring pass
-   that GRPO makes anyway for pi_old, without maps (metrics.py); the numbers are the same.
-2. Groups of equal reward have zero advantage, hence zero gradient: they are left out of scoring and update.
-3. The head split is measured on 32 responses at the first step and every --heads_every steps, not on all at each, by
-   a pass of its own.
-4. Where the paper is silent: the advantage's std is the sample's (n - 1); AdamW without weight decay, its learning rate
-   reached over five steps; gradients clipped to norm 1; group size 8 and epsilon 0.2.
-5. vLLM samples and the trainer's passes run in bfloat16 (over float32 weights) on a GPU, and on a CPU that has it for
-   all but small models; else in float32 (--dtype). In bfloat16 the two round differently: gap_mean is far above
-   float32's 1e-7, and the first ratio is only about 1. The output head's logits are bfloat16 too, as is common.
+1. The paper scores with a third copy of the model under eager attention, to have maps. Here WAAD and FAI come from the
+   scoring pass that GRPO makes anyway for pi_old, without maps (metrics.py). The numbers are the same.
+2. Groups of equal reward have advantage 0, hence gradient 0: they are left out of scoring and update. 3. The head
+split is measured on 32 responses at the first step and then every --heads_every steps, by a pass of its own. 4. Where
+the paper is silent: the advantage's std is the sample's (n - 1); AdamW without weight decay; the learning rate
+   grows over five steps; gradients are clipped to norm 1; group size 8 and epsilon 0.2.
+5. vLLM and the trainer's passes compute in bfloat16 on a GPU, over float32 weights, and in float32 on most CPUs
+   (--dtype). The two round differently in bfloat16, so the first ratio is only about 1 there, and gap_mean, the
+   difference of their log-probs, is far above float32's 1e-7.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import HfArgumentParser, get_constant_schedule_with_warmup, set_seed
+from transformers import get_constant_schedule_with_warmup, set_seed
 from transformers.hf_argparser import HfArg
 
 import tasks
 from credit import CREDITS, NEED_ATTENTION, assign_credit
 from eval import evaluate
-from grpo import group_advantages, micro_batches, shape_advantages, share_of_passes, token_logprobs, update
-from heads import Heads, layer_range, split_heads
-from metrics import Signals, measure_spans, observe
+from grpo import group_advantages, micro_batches, shape_advantages, share_passes, token_logprobs, update
+from heads import Heads, layer_range
+from metrics import Signals, measure_heads, observe
 from node import checkpoint, precision, prepare, ranks
-from node.reload import first_difference
-from node.run import Clock, Run
-from rollout import EMBEDDED, pad_batch, start_actor
+from node.run import DYNAMIC_BATCHES, Clock, Run
+from node.settings import TINY, parse_args
+from node.stale import find_stale_weight
+from rollout import Rollout, pad_batch, start_actor
 
 WARMUP_STEPS = 5  # the learning rate grows over these
 SPAN_ROWS = 32  # responses that the head split is measured on
-DEFAULTS = {  # of arguments that are not given: for the embedded model; for any other model, the paper's
+DEFAULTS = {  # of arguments that are not given: for the tiny model; for any other model, the paper's
     "task": ("countdown-tiny", "countdown4"),
     "steps": (40, 500),
     "prompts": (32, 64),
@@ -53,230 +64,343 @@ DEFAULTS = {  # of arguments that are not given: for the embedded model; for any
 
 def by_model(name: str, text: str):
     """An argument whose default depends on the model."""
-    embedded, real = DEFAULTS[name]
-    return HfArg(default=None, help=f"{text} (default: {embedded} for the embedded model, {real} for any other).")
+    tiny, other = DEFAULTS[name]
+    return HfArg(default=None, help=f"{text} (default: {tiny} for the tiny model, {other} for any other).")
 
 
 @dataclass
 class Args:
     """Train a language model with GRPO and attention-guided credit."""
 
-    model: str = HfArg(default=EMBEDDED, help="Folder or hub name of the transformers checkpoint to start from.")
-    task: str | None = by_model("task", f"One of: {', '.join(tasks.TASKS)}")
-    data: str | None = HfArg(default=None, help="Local JSON, JSONL or parquet file in place of the task's dataset.")
-    eval_task: str | None = HfArg(default=None, help="Task of the held-out problems (default: the same).")
-    eval_data: str | None = HfArg(default=None, help="Local file in place of its dataset.")
-    out: str | None = HfArg(default=None, help="Folder of the run; it must be new (default: a new one under runs/).")
-    resume: str | None = HfArg(default=None, help="Run to go on with, a folder; beside it only --steps and --dry_run.")
-    dry_run: bool = HfArg(default=False, help="Check arguments and data, print the plan and memory, start nothing.")
-    engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
-    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help=precision.HELP)
+    # What is trained, and on what
+    model: str = HfArg(default=TINY, help="Folder or hub name of the transformers checkpoint to start from.")
+    task: str | None = by_model("task", f"Problems and their verifier, one of: {', '.join(tasks.TASKS)}")
+    data: str | None = HfArg(
+        default=None, help="Local JSON, JSONL or parquet file to read in place of the task's dataset."
+    )
+    eval_task: str | None = HfArg(default=None, help="Task of the held-out problems (default: --task).")
+    eval_data: str | None = HfArg(default=None, help="Local file to read in place of the held-out task's dataset.")
     seed: int = HfArg(default=0, help="Seed of problems, sampling and minibatches.")
 
+    # The run
+    out: str | None = HfArg(default=None, help="New folder for the run (default: the next free one under runs/).")
+    resume: str | None = HfArg(
+        default=None, help="Folder of a run to continue; only --steps and --dry_run may be added."
+    )
+    dry_run: bool = HfArg(default=False, help="Check arguments and data, print the plan and the memory, start nothing.")
+    engine: Literal["vllm", "torch"] = HfArg(
+        default="vllm", help="The sampler; torch is transformers' generate, for machines without vLLM."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help=precision.HELP)
+    steps: int | None = by_model("steps", "Training steps, one batch of rollouts each")
+    eval_problems: int | None = HfArg(default=None, help="Held-out problems (default: the task's own number).")
+    eval_samples: int = HfArg(default=2, help="Sampled responses to each held-out problem.")
+    eval_every: int = HfArg(default=20, help="Steps between evaluations; 0 evaluates only before and after.")
+    save_every: int = HfArg(default=20, help="Steps between checkpoints; the last step is always saved.")
+    keep: int = HfArg(default=2, help="How many checkpoints are kept.")
+
+    # The credit
     credit: Literal[CREDITS] = HfArg(
         default="coupled",
-        help="Which tokens get more of the advantage (Eq. 14-19); uniform is plain GRPO; scaled gives every token the "
+        help="Which tokens get a larger advantage (Eq. 14-19); uniform is plain GRPO, and scaled gives every token the "
         "mean gamma of coupled.",
     )
-    q: float = HfArg(default=0.4, help="Share of tokens to credit.")
-    gamma_amp: float = HfArg(default=1.5, help="The factor on their advantage.")
-    alpha: float = HfArg(default=0.5, help="Coupled: the share that a dominated anchor hands to its intro.")
-    k: int = HfArg(default=3, help="Coupled: how far before an anchor its intro may lie.")
-    sign: Literal["both", "positive", "negative"] = HfArg(default="both", help="Which advantages gamma multiplies.")
-    window: int = HfArg(default=10, help="W, where WAAD stops counting.")
-    horizon: list[int] = HfArg(default_factory=lambda: [10, 100], help="FAI's H_lo H_hi; H_lo alone: to the end.")
-    layers: Literal["middle", "bottom", "top", "all"] = HfArg(default="middle", help="Where five layers are sampled.")
-    head_quantile: float = HfArg(default=0.3, help="Share of the sampled heads in the local, and in the global group.")
-    heads_every: int = HfArg(default=10, help="Steps between measurements of the head split.")
+    q: float = HfArg(default=0.4, help="Share of a response's tokens to credit.")
+    gamma_amp: float = HfArg(default=1.5, help="gamma of a credited token, the factor on its advantage.")
+    alpha: float = HfArg(default=0.5, help="coupled: share of a dominated anchor's bonus that goes to its intro token.")
+    k: int = HfArg(default=3, help="coupled: how many tokens before an anchor are searched for its intro token.")
+    sign: Literal["both", "positive", "negative"] = HfArg(default="both", help="Advantages that gamma multiplies.")
+    window: int = HfArg(default=10, help="W of WAAD: distances above W count as W.")
+    horizon: list[int] = HfArg(
+        default_factory=lambda: [10, 100], help="H_lo and H_hi of FAI; H_lo alone means to the end of the response."
+    )
+    layers: Literal["middle", "bottom", "top", "all"] = HfArg(
+        default="middle", help="Part of the model that the five layers are taken from."
+    )
+    head_quantile: float = HfArg(default=0.3, help="Share of the sampled heads in the local and in the global group.")
+    heads_every: int = HfArg(default=10, help="Steps between two measurements of the head split.")
     all_heads: bool = HfArg(default=False, help="Ablation: both groups are all sampled heads.")
     lowest: bool = HfArg(default=False, help="Ablation: credit the lowest q instead of the highest.")
-    on_produced: bool = HfArg(default=False, help="Ablation: credit the token a row produced, not the row's own.")
+    on_produced: bool = HfArg(
+        default=False, help="Ablation: shift gamma to the next token, the one that a token's row produced."
+    )
 
-    steps: int | None = by_model("steps", "Training steps, one batch of rollouts each")
+    # GRPO
     prompts: int | None = by_model("prompts", "Problems in a batch")
     group: int = HfArg(default=8, help="G, responses to each problem.")
-    minibatches: int | None = by_model("minibatches", "Parts of a batch, a gradient step on each")
-    micro_tokens: int = HfArg(default=2048, help="Tokens in one pass; changes memory and speed, not the result.")
-    gradient_checkpointing: bool = HfArg(default=False, help="Keep only each layer's input: less memory, more time.")
-    lr: float | None = by_model("lr", f"Learning rate of AdamW, reached over {WARMUP_STEPS} steps")
-    epsilon: float = HfArg(default=0.2, help="Clipping of the probability ratio.")
-    epsilon_high: float | None = HfArg(default=None, help="Upper clip, if another (clip-higher of DAPO: 0.28).")
+    minibatches: int | None = by_model("minibatches", "Gradient steps on a batch, each on its own part of it")
+    lr: float | None = by_model("lr", f"Learning rate of AdamW, reached after {WARMUP_STEPS} steps")
+    epsilon: float = HfArg(default=0.2, help="Clip range of the probability ratio.")
+    epsilon_high: float | None = HfArg(
+        default=None, help="Upper clip range (default: --epsilon; DAPO's clip-higher is 0.28)."
+    )
     tis_cap: float | None = HfArg(
         default=None,
-        help="Truncated importance sampling: weigh tokens by trainer over sampler probability, up to this.",
+        help="Truncated importance sampling: weigh tokens by trainer over sampler probability, up to this cap "
+        "(default: no weights).",
     )
-    dynamic: bool = HfArg(default=False, help="Draw up to four batches until --prompts groups have unequal rewards.")
-    max_tokens: int | None = by_model("max_tokens", "Longest response; a longer one is cut and judged as it is")
-    max_model_len: int | None = by_model("max_model_len", "Longest prompt and response together")
-    kv_cache_gib: float | None = by_model("kv_cache_gib", "vLLM's cache: more lets it generate more at once")
-    eval_problems: int | None = HfArg(default=None, help="Held-out problems (default: the task's own number).")
-    eval_samples: int = HfArg(default=2, help="Sampled responses to each of them.")
-    eval_every: int = HfArg(default=20, help="Steps between evaluations; 0: only before and after.")
-    save_every: int = HfArg(default=20, help="Steps between checkpoints; the last step is always saved.")
-    keep: int = HfArg(default=2, help="Checkpoints kept.")
+    dynamic: bool = HfArg(
+        default=False, help=f"Draw up to {DYNAMIC_BATCHES} batches until --prompts groups have unequal rewards."
+    )
+
+    # Lengths, memory
+    max_tokens: int | None = by_model(
+        "max_tokens", "Longest response in tokens; a longer one is cut and judged as it is"
+    )
+    max_model_len: int | None = by_model("max_model_len", "Longest prompt and response together, in tokens")
+    micro_tokens: int = HfArg(default=2048, help="Tokens in one pass; changes memory and speed, not the result.")
+    gradient_checkpointing: bool = HfArg(
+        default=False, help="Recompute layers in the backward pass: less memory, more time."
+    )
+    kv_cache_gib: float | None = by_model("kv_cache_gib", "GiB of vLLM's cache; more lets it generate more at once")
 
 
-def sample(args: Args, actor_infer, problems: list[tasks.Problem]) -> tuple[list[list], Tensor, Tensor]:
-    """G responses to each problem and their rewards [P,G]; each rank samples and verifies its share.
+def sample_batch(args: Args, sampler, problems: list[tasks.Problem]) -> tuple[list[list[Rollout]], Tensor]:
+    """G responses to each problem, and their rewards [P,G]."""
+    mine = ranks.my_share(problems)
+    groups = sampler.generate([p.prompt for p in mine], n=args.group, max_tokens=args.max_tokens)
+    rewards = [[tasks.reward(p, r.text) for r in group] for p, group in zip(mine, groups)]
+    return ranks.all_gather(groups), torch.tensor(ranks.all_gather(rewards))
 
-    With --dynamic, problems come in batches, and groups of equal reward are replaced by those of the next batch.
-    Also returns the rewards of all that was sampled.
+
+def sample_dynamic(args: Args, sampler, problems: list[tasks.Problem]) -> tuple[list[list[Rollout]], Tensor, Tensor]:
+    """--dynamic: sample batch after batch and keep the groups of unequal reward, until --prompts groups are found.
+
+    problems: enough for all batches. Returns (groups kept, their rewards [P,G], rewards of everything sampled). If
+    every group has equal rewards, the last batch is returned; its gradient is 0.
     """
-    kept, all_rewards = [], []
+    kept_groups, kept_rewards, all_rewards = [], [], []
     for start in range(0, len(problems), args.prompts):
-        mine = ranks.share(problems[start : start + args.prompts])
-        groups = actor_infer.generate([p.prompt for p in mine], args.group, args.max_tokens)
-        rewards = [[tasks.reward(p, r.text) for r in group] for p, group in zip(mine, groups)]
-        groups, rewards = ranks.all_gather(groups), ranks.all_gather(rewards)
-        all_rewards += rewards
-        kept += [(g, r) for g, r in zip(groups, rewards) if not args.dynamic or len(set(r)) > 1]
-        if len(kept) >= args.prompts:
+        groups, rewards = sample_batch(args, sampler, problems[start : start + args.prompts])
+        all_rewards.append(rewards)
+        for group, group_rewards in zip(groups, rewards):
+            if (group_rewards != group_rewards[0]).any():
+                kept_groups.append(group)
+                kept_rewards.append(group_rewards)
+        if len(kept_groups) >= args.prompts:
             break
-    kept = kept[: args.prompts] or list(zip(groups, rewards))  # no group differs: the last batch, which teaches nothing
-    return [g for g, _ in kept], torch.tensor([r for _, r in kept]), torch.tensor(all_rewards)
+    if not kept_groups:
+        return groups, rewards, torch.cat(all_rewards)
+    return kept_groups[: args.prompts], torch.stack(kept_rewards[: args.prompts]), torch.cat(all_rewards)
 
 
-def measure_heads(args: Args, model, input_ids: Tensor, mask: Tensor, rows: Tensor) -> Heads:
-    """The head split as these rows show it. Spans are averages, so a sample of the batch will do."""
+def split_into_local_and_global(args: Args, model, input_ids: Tensor, mask: Tensor) -> Heads:
+    """The head split of these rows. Spans are averages, so a sample of the batch is enough."""
     layers = layer_range(model.config.get_text_config().num_hidden_layers, args.layers)
-    spans = 0.0
-    for index, n in micro_batches(mask, rows, args.micro_tokens):
-        response = mask[index, :n]
-        spans += measure_spans(model, input_ids[index, :n], response, layers) * response.sum() / mask[rows].sum()
-    is_local, is_global = split_heads(spans, args.head_quantile)
-    everything = torch.ones_like(is_local)
-    return Heads(layers, spans, *((everything, everything) if args.all_heads else (is_local, is_global)))
+    heads = measure_heads(
+        model, input_ids, mask, layers=layers, quantile=args.head_quantile, micro_tokens=args.micro_tokens
+    )
+    if args.all_heads:
+        all_of_them = torch.ones_like(heads.is_local)
+        heads = heads._replace(is_local=all_of_them, is_global=all_of_them)
+    return heads
 
 
 def score(args: Args, model, input_ids: Tensor, mask: Tensor, rows: Tensor, heads: Heads | None) -> Signals:
-    """pi_old, entropy and, where there is a head split, WAAD and FAI of some rows; [B,N], 0 in the other rows."""
+    """log pi_old, entropy and, if there is a head split, WAAD and FAI of some rows. [B,N] each, 0 in the other rows."""
     horizon = (args.horizon[0], args.horizon[1] if len(args.horizon) == 2 else None)
-    found = torch.zeros(4, *mask.shape, device=mask.device)
+    signals = torch.zeros(4, *mask.shape, device=mask.device)  # log-probs, entropy, WAAD, FAI
     passes = micro_batches(mask, rows, args.micro_tokens)
-    for (index, n), counts in share_of_passes(passes, ranks.rank(), ranks.world_size()):
-        batch = input_ids[index, :n], mask[index, :n]
+    for (row_numbers, width), is_mine in share_passes(passes, ranks.rank(), ranks.world_size()):
+        ids, response = input_ids[row_numbers, :width], mask[row_numbers, :width]
         if heads:
-            signals = observe(model, *batch, heads, args.window, horizon)[:4]
+            seen = observe(model, ids, response, heads, window=args.window, horizon=horizon)[:4]
         else:
             with torch.no_grad():
-                signals = token_logprobs(model, *batch, entropy=True)
-        if counts:
-            found[: len(signals), index, :n] = torch.stack(signals)
-    return Signals(*ranks.all_reduce_sum(found), heads)
+                seen = token_logprobs(model, ids, response, entropy=True)
+        if is_mine:
+            signals[: len(seen), row_numbers, :width] = torch.stack(seen)
+    logprobs, entropy, waad, fai = ranks.all_reduce_sum(signals)
+    return Signals(logprobs, entropy, waad, fai, heads)
 
 
 def train_step(
-    args: Args, model, optimizer, actor_infer, problems: list[tasks.Problem], heads: Heads | None, generator
+    args: Args,
+    model,
+    optimizer,
+    sampler,
+    problems: list[tasks.Problem],
+    heads: Heads | None,
+    generator: torch.Generator,
+    credit: Callable[..., Tensor] | None = None,
 ) -> tuple[dict, Heads | None]:
-    """Sample, verify, score, credit, update, reload. Returns what to log and the head split (measured if None)."""
-    clock, device = Clock(), next(model.parameters()).device
-    passes = precision.passes(args.dtype, device)
-    with clock("generate"):
-        groups, rewards, all_rewards = sample(args, actor_infer, problems)  # [P][G], [P,G]
-        actor_infer.sleep()
-    rollouts = [response for group in groups for response in group]
-    input_ids, mask, sampler_logprobs = (x.to(device) for x in pad_batch(rollouts))  # [B,N], B = P * G
-    advantages = group_advantages(rewards).flatten().to(device)  # [B]
-    order = torch.randperm(len(rollouts), generator=generator).to(device)
-    rows = order[advantages[order] != 0]  # groups of equal reward teach nothing and are not scored
-    if not len(rows):
-        rows = order[: args.group]  # the gap is measured all the same
-    scored = torch.zeros_like(mask)
-    scored[rows] = mask[rows]  # [B,N], the response tokens that have signals
+    """One training step. Returns what to log, and the head split (measured if it was None and is needed).
 
-    with clock("credit"), passes:
+    credit: a credit function of your own, in place of --credit (credit.assign_credit says what it is called with).
+    """
+    clock, device = Clock(), next(model.parameters()).device
+    autocast = precision.autocast(args.dtype, device)
+
+    # 1, 2. Sample G responses to each problem and verify them. Then the sampler frees the GPU.
+    with clock("generate"):
+        if args.dynamic:
+            groups, rewards, all_rewards = sample_dynamic(args, sampler, problems)
+        else:
+            groups, rewards = sample_batch(args, sampler, problems)  # [P][G], [P,G]
+            all_rewards = rewards
+        sampler.sleep()
+
+    # From here on one row per response: [B,N] with B = P * G.
+    rollouts = [response for group in groups for response in group]
+    input_ids, mask, sampler_logprobs = (x.to(device) for x in pad_batch(rollouts))
+    order = torch.randperm(len(rollouts), generator=generator).to(device)
+
+    # 3. Advantages inside each group (Eq. 6). Rows with advantage 0 have gradient 0, so they are not scored.
+    advantages = group_advantages(rewards).flatten().to(device)  # [B]
+    rows = order[advantages[order] != 0]
+    if len(rows) == 0:
+        rows = order[: args.group]  # score some rows anyway, so that gap_mean can be logged
+    is_scored = torch.zeros_like(mask)
+    is_scored[rows] = mask[rows]  # [B,N], the response tokens that have signals
+
+    # 4. Which heads look near, which look far (Eq. 7, 8).
+    with clock("credit"), autocast:
         if heads is None and args.credit in NEED_ATTENTION:
-            heads = measure_heads(args, model, input_ids, mask, order[:SPAN_ROWS])
-    with clock("score"), passes:
+            some_rows = order[:SPAN_ROWS]
+            heads = split_into_local_and_global(args, model, input_ids[some_rows], mask[some_rows])
+
+    # 5-7. One forward pass without gradient: log pi_old, entropy, WAAD and FAI (Eq. 9, 10).
+    with clock("score"), autocast:
         signals = score(args, model, input_ids, mask, rows, heads)
-        old_logprobs = signals.logprobs
+
+    # 8. gamma of each token (Eq. 14-19).
     with clock("credit"):
         gamma = assign_credit(
-            args.credit, signals, scored, args.q, args.gamma_amp, args.alpha, args.k, args.lowest, args.on_produced,
-            generator,
-        )  # [B,N]  # fmt: skip
-        shaped = shape_advantages(advantages, gamma, args.sign)  # [B,N]
-    minibatches = order.tensor_split(min(args.minibatches, len(order)))  # --dynamic may have found few groups
-    with clock("update"), passes:
-        if args.tis_cap:
-            shaped = shaped * (old_logprobs - sampler_logprobs).exp().clamp(max=args.tis_cap)
-        learned = update(
-            model, optimizer, input_ids, mask, old_logprobs, shaped, minibatches,
-            args.micro_tokens, args.epsilon, args.epsilon_high, ranks.rank(), ranks.world_size(),
-        )  # fmt: skip
-        learned["loss"] = ranks.all_reduce_sum(torch.tensor(learned["loss"])).item()
-    with clock("reload"):
-        actor_infer.reload(model)
-    with clock("check"):
-        stale = [name for name in ranks.all_gather([first_difference(actor_infer, model, generator)]) if name]
+            credit or args.credit,
+            signals,
+            is_scored,
+            input_ids,
+            q=args.q,
+            amp=args.gamma_amp,
+            alpha=args.alpha,
+            k=args.k,
+            lowest=args.lowest,
+            produced=args.on_produced,
+            generator=generator,
+            model=model,
+        )  # [B,N]
 
-    gap = (sampler_logprobs - old_logprobs)[scored].abs()
+    # 9. The clipped loss with A * gamma in place of A, and a gradient step on each minibatch (Eq. 12, 13).
+    token_advantages = shape_advantages(advantages, gamma, args.sign)  # [B,N]
+    if args.tis_cap:
+        trainer_over_sampler = (signals.logprobs - sampler_logprobs).exp()
+        token_advantages = token_advantages * trainer_over_sampler.clamp(max=args.tis_cap)
+    minibatches = order.tensor_split(min(args.minibatches, len(order)))  # --dynamic may have found few groups
+    with clock("update"), autocast:
+        stats = update(
+            model,
+            optimizer,
+            input_ids,
+            mask,
+            old_logprobs=signals.logprobs,
+            advantages=token_advantages,
+            minibatches=minibatches,
+            micro_tokens=args.micro_tokens,
+            epsilon=args.epsilon,
+            epsilon_high=args.epsilon_high,
+            rank=ranks.rank(),
+            world=ranks.world_size(),
+        )
+        stats["loss"] = ranks.all_reduce_sum(torch.tensor(stats["loss"])).item()
+
+    # 10. The new weights go to the sampler, in place. Then some of its tensors are compared with the trainer's.
+    with clock("reload"):
+        sampler.reload(model)
+    with clock("check"):
+        stale_weights = ranks.all_gather([find_stale_weight(sampler, model, generator)])
+
+    gap = (sampler_logprobs - signals.logprobs)[is_scored].abs()
     record = {
         "reward": all_rewards.mean().item(),
-        **learned,
-        "entropy": signals.entropy[scored].mean().item(),
+        **stats,  # loss, grad_norm, skipped
+        "entropy": signals.entropy[is_scored].mean().item(),
         "gap_mean": gap.mean().item(),
         "gap_max": gap.max().item(),
-        "stale_weight": stale[0] if stale else None,  # that vLLM does not hold as the trainer does
-        "gamma": gamma[scored].mean().item(),
-        "length": mask.sum().item() / len(rollouts),
-        "truncated": sum(r.truncated for r in rollouts),
-        "empty": sum(not r.text for r in rollouts),
-        "within_horizon": sum(len(r.ids) <= args.horizon[0] for r in rollouts),  # too short to have an anchor
-        "problems": len(all_rewards),
-        "equal_groups": int((all_rewards == all_rewards[:, :1]).all(1).sum()),
-        "unequal_groups": int((rewards != rewards[:, :1]).any(1).sum()),  # of those kept
+        "stale_weight": next((name for name in stale_weights if name), None),  # differs between sampler and trainer
+        "gamma": gamma[is_scored].mean().item(),
+        **describe_rollouts(rollouts, rewards, all_rewards, args.horizon[0]),
         "tokens_per_s": mask.sum().item() / sum(clock.seconds.values()),
         "seconds": clock.seconds,
     }
     return record, heads
 
 
-def main(args: Args) -> None:
+def describe_rollouts(rollouts: list[Rollout], rewards: Tensor, all_rewards: Tensor, horizon_low: int) -> dict:
+    """What metrics.jsonl says about the responses of a step. rewards [P,G]: of the groups that were trained on."""
+    return {
+        "length": sum(len(r.ids) for r in rollouts) / len(rollouts),
+        "truncated": sum(r.truncated for r in rollouts),
+        "empty": sum(not r.text for r in rollouts),
+        "within_horizon": sum(len(r.ids) <= horizon_low for r in rollouts),  # too short to have an anchor
+        "problems": len(all_rewards),
+        "equal_groups": int((all_rewards == all_rewards[:, :1]).all(1).sum()),
+        "unequal_groups": int((rewards != rewards[:, :1]).any(1).sum()),
+    }
+
+
+def main(args: Args, credit: Callable[..., Tensor] | None = None) -> None:
+    """A whole run: start or resume it; then train, log, evaluate and save. credit: as in train_step."""
+    # Check everything that can be wrong before anything long starts.
     with ranks.errors_in_one_line():
-        args = prepare.complete(args, DEFAULTS)
+        args = prepare.complete_args(args, DEFAULTS)
         if args.dry_run:
             return prepare.print_plan(args)
         device = ranks.start()
-        source, state = checkpoint.latest(args.resume) or (args.model, None)
+        saved_at, state = checkpoint.find_latest(args.resume)  # None, None for a new run
+        source = saved_at or args.model
         model, tokenizer, train_set, test_set = prepare.load(args, source, device)
+        # The schedule below starts at run.step and not at 0; torch then asks for initial_lr.
         weights = {"params": [*model.parameters()], "initial_lr": args.lr}
         optimizer = torch.optim.AdamW([weights], args.lr, weight_decay=0.0, fused=True)
         run = Run(args, model, tokenizer, optimizer, state)
         run.say(f"{run.folder}: starting {args.engine} from {source}")
         seed = args.seed + ranks.rank()
-        actor_infer = start_actor(
-            args.engine, str(source), args.max_model_len, seed, args.kv_cache_gib, model, tokenizer,
-            sleep_mode=True, dtype=args.dtype,
-        )  # fmt: skip
+        sampler = start_actor(
+            args.engine,
+            str(source),
+            args.max_model_len,
+            seed,
+            args.kv_cache_gib,
+            model,
+            tokenizer,
+            sleep_mode=True,
+            dtype=args.dtype,
+        )
     set_seed(seed)  # after the engine, which seeds the global generators too
     if state:
-        actor_infer.sleep()  # restoring takes 16 bytes a weight at once
-        checkpoint.restore(source, state, model, optimizer)
-        actor_infer.reload(model)
+        sampler.sleep()  # restoring takes 16 bytes a weight at once
+        checkpoint.restore(saved_at, state, model, optimizer)
+        sampler.reload(model)
     schedule = get_constant_schedule_with_warmup(optimizer, WARMUP_STEPS, last_epoch=run.step)
 
     def evaluate_held_out() -> None:
-        mine = ranks.share(test_set)
-        _, rewards = evaluate(actor_infer, mine, args.eval_samples, args.max_tokens)
+        _, rewards = evaluate(sampler, ranks.my_share(test_set), args.eval_samples, args.max_tokens)
         run.log_evaluation(torch.tensor(ranks.all_gather(rewards.tolist())).mean(1))
 
-    with run.stopping_softly():
+    with run.stopping_softly():  # Ctrl-C and SIGTERM end the run after the current step
         if run.evaluation_is_due:
             evaluate_held_out()
-        while not run.over:
+        while not run.is_done:
             if run.step % args.heads_every == 0:
-                run.heads = None  # measured anew
-            problems = run.next_problems(train_set)
-            record, run.heads = train_step(args, model, optimizer, actor_infer, problems, run.heads, run.generator())
+                run.heads = None  # measure the split again
+            record, run.heads = train_step(
+                args,
+                model,
+                optimizer,
+                sampler,
+                run.next_problems(train_set),
+                run.heads,
+                run.generator(),
+                credit,
+            )
             schedule.step()
-            run.finish_step(record)
+            run.finish_step(record)  # logs, saves when due, stops a run that cannot go on
             if run.evaluation_is_due:
                 evaluate_held_out()
-    ranks.say(run.summary())
-    actor_infer.close()
+    ranks.print_once(run.summary())
+    sampler.close()
     ranks.stop()
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Args).parse_args_into_dataclasses())
+    main(parse_args(Args))

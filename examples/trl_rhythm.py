@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer with attention-guided credit. To copy: this class and the four files of the algorithm.
 
     RhythmGRPOTrainer(model=..., reward_funcs=..., args=..., train_dataset=..., credit="coupled", q=0.4, amp=1.5)
-    python -m examples.trl_rhythm                      the embedded model learns Countdown in some minutes
+    python -m examples.trl_rhythm                      the tiny model learns Countdown in some minutes
 
 TRL's losses take one advantage for a response or one for each of its tokens. So gamma goes into the advantages, and no
 loss is written again.
@@ -18,13 +18,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from credit import CREDITS, assign_credit
 from grpo import shape_advantages
 from heads import Heads, split_heads
-from metrics import Signals, observe
+from metrics import Signals, measure_heads, observe, right_padding
 
 try:
     from trl import GRPOConfig, GRPOTrainer  # isort: skip
@@ -122,19 +121,28 @@ class RhythmGRPOTrainer(GRPOTrainer):
         n = input_ids.shape[1]
         mask = attention_mask.bool() & (torch.arange(n, device=input_ids.device) >= n - keep)
 
-        def passes(rows: int, heads: Heads | None) -> Iterator[tuple[Signals, Tensor]]:
+        def passes(rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             size = self.args.per_device_train_batch_size
-            for ids, response, attention in zip(*(x[:rows].split(size) for x in (input_ids, mask, attention_mask))):
-                found = observe(self.model, ids, response, heads, self.window, self.horizon, attention, self._score)
-                yield found, response.sum()
+            return zip(*(x[:rows].split(size) for x in (input_ids, mask, attention_mask)))
 
         if self.heads is None or self.batches % self.heads_every == 0:
-            measured, tokens = zip(*((signals.heads, count) for signals, count in passes(SPAN_ROWS, None)))
-            spans = sum(heads.spans.nan_to_num() * count for heads, count in zip(measured, tokens))
-            spans = self.accelerator.reduce(spans) / self.accelerator.reduce(sum(tokens))  # alike in every process
-            self.heads = Heads(measured[0].layers, spans, *split_heads(spans)) if spans.isfinite().all() else None
+            spans, tokens = 0.0, 0
+            for ids, response, attention in passes(SPAN_ROWS):
+                places = right_padding(attention, response)
+                ids, response = ids.gather(1, places), response.gather(1, places)
+                measured = measure_heads(self.model, ids, response, score=self._score)
+                spans = spans + measured.spans.nan_to_num() * response.sum()
+                tokens = tokens + response.sum()
+            spans = self.accelerator.reduce(spans) / self.accelerator.reduce(tokens)  # alike in every process
+            self.heads = Heads(measured.layers, spans, *split_heads(spans)) if spans.isfinite().all() else None
         self.batches += 1
-        parts = [signals[:4] for signals, _ in passes(len(input_ids), self.heads)]
+
+        parts = []
+        for ids, response, attention in passes(len(input_ids)):
+            seen = observe(
+                self.model, ids, response, self.heads, self.window, self.horizon, attention, score=self._score
+            )
+            parts.append(seen[:4])
         return Signals(*(torch.cat(x)[:, -keep:] for x in zip(*parts)), self.heads)
 
     def _score(self, model, input_ids: Tensor, mask: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
@@ -159,7 +167,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
 
 @dataclass
 class Args:
-    """Train the embedded model on Countdown with TRL; prints its success on held-out problems before and after."""
+    """Train the tiny model on Countdown with TRL; prints its success on held-out problems before and after."""
 
     credit: Literal[CREDITS] = HfArg(default="coupled", help="Which tokens get more of the advantage.")
     batches: int = HfArg(default=8, help=f"Batches of {PROMPTS * GROUP} rollouts, {MINIBATCHES} updates on each.")
@@ -173,11 +181,12 @@ def main(args: Args) -> None:
 
     import tasks
     from eval import evaluate, mean_interval
-    from rollout import EMBEDDED, TorchActor, load_model
+    from node.settings import TINY, load_model
+    from rollout import TorchActor
 
     start = time.perf_counter()
     torch.manual_seed(args.seed)
-    model, tokenizer = load_model(EMBEDDED)
+    model, tokenizer = load_model(TINY)
     actor, held_out = TorchActor(model, tokenizer), tasks.load("countdown-tiny", "test", args.problems)
     before = evaluate(actor, held_out, n=2, max_tokens=MAX_TOKENS)[1].mean(1)
     problems = {p.prompt: p for p in tasks.load("countdown-tiny", "train", PROMPTS * args.batches, args.seed)}
@@ -207,4 +216,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Args).parse_args_into_dataclasses())
+    from node.settings import parse_args
+
+    main(parse_args(Args))

@@ -1,6 +1,6 @@
 """Why does a credit learn faster, or not? How well the gradient of one minibatch points to where success rises.
 
-    python -m lab.alignment                                    the embedded model before training
+    python -m lab.alignment                                    the tiny model before training
     python -m lab.alignment --model runs/NAME/checkpoint-40    after it
 
 A learning curve is noisy: two runs that differ by nothing but rounding end some points apart. This measures the arms of
@@ -65,13 +65,14 @@ from lab.truth_tables import signals_of, without_first
 from metrics import Signals
 from node import precision
 from node.output import markdown
-from rollout import EMBEDDED, fill_defaults, load_model, pad_batch, start_actor
+from node.settings import TINY, fill_defaults, load_model, parse_args
+from rollout import pad_batch, start_actor
 
 ORACLES = {"oracle": 0.4, "oracle, q 0.1": 0.1}  # and the share of tokens that each credits
 FIRST_OUT = {f"{arm}, first token out": arm for arm in ("local", "global", "coupled")}  # arms without lab/sinks.py's
 SLICE = 2**22  # weights that are looked at together
 LARGE = 10**7  # weights of a model whose gradients are kept in bfloat16: 20 of 135 million take 5 GiB
-DEFAULTS = {  # of arguments that are not given: for the embedded model and what is trained from it; for any other model
+DEFAULTS = {  # of arguments that are not given: for the tiny model and what is trained from it; for any other model
     "task": ("countdown-tiny", "countdown-words"),
     "max_tokens": (128, 256),
     "kv_cache_gib": (0.5, 8.0),
@@ -83,10 +84,10 @@ SHOWN = 10  # tokens shown by themselves
 class Args:
     """Compare the arms' gradients with that of expected success."""
 
-    model: str = HfArg(default=EMBEDDED, help="Folder or hub name of a transformers checkpoint.")
+    model: str = HfArg(default=TINY, help="Folder or hub name of a transformers checkpoint.")
     task: str | None = HfArg(
         default=None,
-        help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the embedded model, countdown-words).",
+        help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the tiny model, countdown-words).",
     )
     arms: list[str] = HfArg(
         default_factory=lambda: [*experiment.MAIN, *experiment.ABLATIONS],
@@ -97,8 +98,8 @@ class Args:
     gamma_amp: float = HfArg(default=1.5, help="Of all arms.")
     group: int = HfArg(default=8, help="G, responses to each problem.")
     minibatch: int = HfArg(default=8, help="Problems in a minibatch.")
-    max_tokens: int | None = HfArg(default=None, help="Longest response (default: 128 for the embedded model, 256).")
-    kv_cache_gib: float | None = HfArg(default=None, help="vLLM's cache (default: 0.5 for the embedded model, 8).")
+    max_tokens: int | None = HfArg(default=None, help="Longest response (default: 128 for the tiny model, 256).")
+    kv_cache_gib: float | None = HfArg(default=None, help="vLLM's cache (default: 0.5 for the tiny model, 8).")
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
     seed: int = HfArg(default=0, help="Seed of problems and sampling.")
     out: str = HfArg(default="alignment.md", help="File for the table.")
@@ -107,7 +108,7 @@ class Args:
 def gradient(model, input_ids: Tensor, mask: Tensor, weights: Tensor, rows: Tensor, tokens: int = 1024) -> Tensor:
     """The gradient of sum of weights * log pi over the tokens of the rows, all weights of the model in a line."""
     for index, n in micro_batches(mask, rows[weights[rows].any(1)], tokens):
-        with precision.automatic(model):
+        with precision.autocast_for(model):
             logprobs, _ = token_logprobs(model, input_ids[index, :n], mask[index, :n])
             (logprobs * weights[index, :n]).sum().backward()
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
@@ -160,8 +161,8 @@ def gamma_of(
     (arm,) = HfArgumentParser(train.Args).parse_args_into_dataclasses(flags)
     seen = signals["first token out" if name in FIRST_OUT else "all heads" if arm.all_heads else ""]
     gamma = credit.assign_credit(
-        arm.credit, seen, mask, arm.q, arm.gamma_amp, arm.alpha, arm.k, arm.lowest, arm.on_produced,
-        torch.Generator().manual_seed(args.seed),
+        arm.credit, seen, mask, q=arm.q, amp=arm.gamma_amp, alpha=arm.alpha, k=arm.k, lowest=arm.lowest,
+        produced=arm.on_produced, generator=torch.Generator().manual_seed(args.seed),
     )  # fmt: skip
     return gamma, arm.sign
 
@@ -227,7 +228,7 @@ def main(args: Args) -> None:
         signals["first token out"] = without_first(signals[""], model, input_ids, mask)
     known = {}
     if set(args.arms) & {*wording.KINDS}:
-        known |= dict(zip(wording.KINDS, wording.marked(tokenizer, rollouts, mask)))
+        known |= dict(zip(wording.KINDS, wording.marked(tokenizer, input_ids, mask)))
     if found:
         decisive = found.values.delta[0].abs().to(device)
         known |= {name: credit.top_q(decisive, mask, q) for name, q in ORACLES.items()}
@@ -306,4 +307,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Args).parse_args_into_dataclasses())
+    main(parse_args(Args))

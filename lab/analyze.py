@@ -1,6 +1,6 @@
 """The evidence, to look at: does attention show the preplan-and-anchor rhythm (arXiv 2510.13554, Sec. 4)?
 
-    python -m lab.analyze                                         the embedded model, on held-out problems
+    python -m lab.analyze                                         the tiny model, on held-out problems
     python -m lab.analyze --model Qwen/Qwen3-4B-Base --task gsm8k
     python -m lab.analyze --resume FOLDER                         one that was stopped goes on
 
@@ -27,21 +27,23 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, HfArgumentParser, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 from transformers.hf_argparser import HfArg
 
 import credit
 import tasks
+from attention import attention_maps, recording
 from eval import evaluate
 from grpo import check_head
-from heads import attention_maps, layer_range, record, split_heads
+from heads import layer_range, split_heads
 from lab import linkage, perturb, report, sinks, truth
 from node.output import markdown, minutes
-from node.run import check_alone, new_folder, write_args
-from rollout import EMBEDDED, chat_prompts, check_length, fill_defaults, load_model, pad_batch, start_actor
+from node.run import new_folder, refuse_other_args, write_args
+from node.settings import TINY, check_length, fill_defaults, load_model, parse_args
+from rollout import chat_prompts, pad_batch, start_actor
 
 PAGES = 6  # responses shown on the page
-DEFAULTS = {  # of arguments that are not given: for the embedded model and what is trained from it; for any other model
+DEFAULTS = {  # of arguments that are not given: for the tiny model and what is trained from it; for any other model
     "task": ("countdown-tiny", "gsm8k"),
     "max_tokens": (128, 1024),
     "kv_cache_gib": (0.5, 8.0),
@@ -52,10 +54,10 @@ DEFAULTS = {  # of arguments that are not given: for the embedded model and what
 class Args:
     """Look for the preplan-and-anchor rhythm in a model's attention."""
 
-    model: str = HfArg(default=EMBEDDED, help="Folder or hub name of a transformers checkpoint.")
+    model: str = HfArg(default=TINY, help="Folder or hub name of a transformers checkpoint.")
     task: str | None = HfArg(
         default=None,
-        help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the embedded model, gsm8k for any other).",
+        help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the tiny model, gsm8k for any other).",
     )
     data: str | None = HfArg(default=None, help="Local JSON, JSONL or parquet file in place of the task's dataset.")
     problems: int = HfArg(default=70, help="Held-out problems, one response each.")
@@ -67,13 +69,13 @@ class Args:
     temperature: float = HfArg(default=0.7, help="Of the sampled responses.")
     max_tokens: int | None = HfArg(
         default=None,
-        help="Longest response and continuation (default: 128 for the embedded model, 1024 for any other).",
+        help="Longest response and continuation (default: 128 for the tiny model, 1024 for any other).",
     )
     top_k: int = HfArg(default=3, help="Other tokens forced at a position.")
     positions: int = HfArg(default=3, help="Positions of highest, and of lowest FAI in a response; 0: no Table 1.")
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
     kv_cache_gib: float | None = HfArg(
-        default=None, help="vLLM's cache, for more responses at once (default: 0.5 for the embedded model, 8)."
+        default=None, help="vLLM's cache, for more responses at once (default: 0.5 for the tiny model, 8)."
     )
     seed: int = HfArg(default=0, help="Seed of sampling and of the random weights.")
     micro_tokens: int = HfArg(default=2048, help="Tokens in one forward pass.")
@@ -133,7 +135,7 @@ def mean_maps(
     model, ids: list[int], first: int, layers: list[int], spans: Tensor, drop_first: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Eq. 8 for one sequence: mean maps of the local and of the global heads, response rows and columns; [T,T] each."""
-    with torch.no_grad(), record(model, layers) as recorded:
+    with torch.no_grad(), recording(model, layers) as recorded:
         model.get_decoder()(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
     found = [sinks.without_first(recorded[layer]) if drop_first else recorded[layer] for layer in layers]
     maps = torch.cat([attention_maps(layer)[0] for layer in found])  # [heads,N,N]
@@ -146,7 +148,7 @@ def main(args: Args) -> None:
     try:
         folder = Path(args.resume) if args.resume else None
         if folder:
-            check_alone(args)
+            refuse_other_args(args)
             args = truth.read_args(folder, Args)
         else:
             args, note = fill_defaults(args, DEFAULTS, args.model)
@@ -255,4 +257,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Args).parse_args_into_dataclasses())
+    main(parse_args(Args))

@@ -21,19 +21,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import HfArgumentParser, PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from transformers.hf_argparser import HfArg
 
 import metrics
 import tasks
 import train
+from attention import Recorded, fused_attention
 from grpo import token_logprobs
-from heads import Recorded, fused_attention, middle_layers
+from heads import middle_layers
 from node import precision
 from node.check import signals_timed
 from node.output import markdown
 from node.run import Clock
-from rollout import EMBEDDED, fill_defaults, load_config, load_model, start_actor
+from node.settings import TINY, fill_defaults, load_config, load_model, parse_args
+from rollout import start_actor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -50,7 +52,7 @@ class Args:
     )
     lengths: list[int] = HfArg(default_factory=lambda: [1024, 4096], help="Tokens in the sequence.")
     repeats: int = HfArg(default=3, help="Turns; the table shows medians.")
-    model: str = HfArg(default=EMBEDDED, help="For the step: folder or hub name of a transformers checkpoint.")
+    model: str = HfArg(default=TINY, help="For the step: folder or hub name of a transformers checkpoint.")
     task: str | None = HfArg(default=None, help="For the step: its problems (default: as train.py).")
     prompts: int | None = HfArg(default=None, help="For the step: problems in a batch (default: as train.py).")
     minibatches: int | None = HfArg(default=None, help="For the step: updates from a batch (default: as train.py).")
@@ -205,7 +207,7 @@ def whole_step(args: Args) -> None:
 
     given = {name: getattr(args, name) for name in ("model", "task", "prompts", "minibatches", "max_tokens")}
     ours, _ = fill_defaults(train.Args(lr=1e-6, **given), train.DEFAULTS, args.model)
-    auto = precision.choose("auto", load_config(args.model))
+    auto = precision.choose_dtype("auto", load_config(args.model))
     ours = replace(ours, dtype=auto if DEVICE == "cpu" else "float32")  # alone on a GPU nothing here is sharded
     size, left = divmod(ours.prompts * ours.group, ours.minibatches)
     if left or ours.max_tokens > TRL_TOKENS:
@@ -331,4 +333,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Args).parse_args_into_dataclasses())
+    main(parse_args(Args))

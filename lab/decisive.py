@@ -41,7 +41,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser, get_constant_schedule_with_warmup, set_seed
+from transformers import get_constant_schedule_with_warmup, set_seed
 from transformers.hf_argparser import HfArg
 
 import tasks
@@ -49,8 +49,9 @@ import train
 from credit import assign_credit
 from eval import evaluate
 from grpo import group_advantages, shape_advantages, update
-from node.run import take
-from rollout import EMBEDDED, VLLMActor, load_model, pad_batch
+from node.run import take_problems
+from node.settings import TINY, load_model, parse_args
+from rollout import VLLMActor, pad_batch
 
 STEPS, EVALUATE_AT, FIRST_SEED = 10, (5, 10), 100
 ARMS = {  # arm: (its number of runs, what differs from train.py's arguments in SETTING)
@@ -86,8 +87,8 @@ def train_run(model, actor, weights: dict, args: train.Args, test_set: list[task
     schedule = get_constant_schedule_with_warmup(optimizer, train.WARMUP_STEPS, last_epoch=0)
     heads, success, rewards_by_step, norms = None, {}, [], []
     for step in range(STEPS):
-        problems = take(train_set, step * args.prompts, args.prompts, args.seed)
-        groups, rewards, _ = train.sample(args, actor, problems)
+        problems = take_problems(train_set, step * args.prompts, args.prompts, args.seed)
+        groups, rewards = train.sample_batch(args, actor, problems)
         rollouts = [r for group in groups for r in group]
         input_ids, mask, _ = pad_batch(rollouts)
         advantages = group_advantages(rewards).flatten()
@@ -96,9 +97,10 @@ def train_run(model, actor, weights: dict, args: train.Args, test_set: list[task
         rows = order[advantages[order] != 0]
         if len(rows):
             if heads is None and args.credit != "uniform":
-                heads = train.measure_heads(args, model, input_ids, mask, order[: train.SPAN_ROWS])
+                some = order[: train.SPAN_ROWS]
+                heads = train.split_into_local_and_global(args, model, input_ids[some], mask[some])
             signals = train.score(args, model, input_ids, mask, rows, heads)
-            gamma = assign_credit(args.credit, signals, scored, args.q, args.gamma_amp, args.alpha, args.k)
+            gamma = assign_credit(args.credit, signals, scored, q=args.q, amp=args.gamma_amp)
             shaped = shape_advantages(advantages, gamma / gamma[scored].mean())
             minibatches = list(order.tensor_split(args.minibatches))
             did = update(model, optimizer, input_ids, mask, signals.logprobs, shaped, minibatches, args.micro_tokens)
@@ -148,8 +150,8 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 3600 * args.hours
-    model, _ = load_model(EMBEDDED)
-    actor = VLLMActor(EMBEDDED, SETTING.max_model_len)
+    model, _ = load_model(TINY)
+    actor = VLLMActor(TINY, SETTING.max_model_len)
     torch.set_num_threads(1)  # vLLM sets it
     weights = {name: w.clone() for name, w in model.state_dict().items()}
     test_set = tasks.load(SETTING.task, "test", 512)
@@ -168,4 +170,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Args).parse_args_into_dataclasses())
+    main(parse_args(Args))

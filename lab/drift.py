@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 from scipy import stats
 from tqdm import tqdm
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 import train
@@ -25,7 +25,8 @@ from heads import layer_range, split_heads
 from lab import linkage, report, truth
 from node import checkpoint, prepare
 from node.output import markdown, minutes
-from rollout import load_model, pad_batch, start_actor
+from node.settings import load_model, parse_args
+from rollout import pad_batch, start_actor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -84,7 +85,7 @@ def main(args: Args) -> None:
     folder = Path(args.run)
     try:
         run = truth.read_args(folder, train.Args)
-        kept = checkpoint.listed(folder)
+        kept = checkpoint.list_checkpoints(folder)
         if not kept:
             raise ValueError(f"--run {args.run}: has no checkpoint")
         records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
@@ -119,4 +120,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Args).parse_args_into_dataclasses())
+    main(parse_args(Args))

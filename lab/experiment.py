@@ -64,11 +64,11 @@ from typing import Literal
 
 import numpy as np
 from scipy import stats
-from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from lab import report
 from node.output import markdown, write_whole
+from node.settings import parse_args
 
 MAIN = {
     "uniform": ["--credit", "uniform"],
@@ -258,4 +258,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Args).parse_args_into_dataclasses())
+    main(parse_args(Args))

@@ -13,10 +13,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from node.output import write_whole
+from node.settings import parse_args
 
 OPTIONS = 5
 
@@ -61,4 +61,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Args).parse_args_into_dataclasses())
+    main(parse_args(Args))

@@ -24,8 +24,9 @@ from scipy import stats
 from scipy.signal import find_peaks
 from torch import Tensor
 
+from attention import recording
 from grpo import micro_batches, token_logprobs
-from heads import record, split_heads
+from heads import split_heads
 from lab import sinks
 from metrics import streamed_fai, streamed_spans, streamed_waad
 from node import precision
@@ -66,10 +67,10 @@ def per_head(
     every_head = torch.ones(model.config.get_text_config().num_attention_heads, dtype=torch.bool, device=mask.device)
     waad, fai = torch.zeros(2, len(layers) * len(every_head), *mask.shape)
     entropy, (spans, first) = torch.zeros(mask.shape), torch.zeros(2, len(waad))
-    passes = precision.passes(precision.choose(dtype, model.config), mask.device)
+    passes = precision.autocast(precision.choose_dtype(dtype, model.config), mask.device)
     for index, n in micro_batches(mask, torch.arange(len(mask), device=mask.device), tokens):
         part = mask[index, :n]
-        with torch.no_grad(), record(model, layers) as recorded, passes:
+        with torch.no_grad(), recording(model, layers) as recorded, passes:
             uncertainty = token_logprobs(model, input_ids[index, :n], part, entropy=True)[1]
         index = index.cpu()
         entropy[index, :n] = uncertainty.cpu()

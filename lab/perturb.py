@@ -105,7 +105,7 @@ def alternatives(model, input_ids: Tensor, mask: Tensor, places: list[Place], k:
     found, first = {}, mask.int().argmax(1)
     by_row = {i: [t for j, t in places if j == i] for i, _ in places}
     for index, n in micro_batches(mask, torch.tensor(sorted(by_row), device=mask.device), 2048):
-        with precision.automatic(model):
+        with precision.autocast_for(model):
             states = model.get_decoder()(input_ids=input_ids[index, :n]).last_hidden_state.float()
         for b, i in enumerate(index.tolist()):
             at = first[i] + torch.tensor(by_row[i], device=mask.device)

@@ -10,7 +10,8 @@ lies on the first token, bfloat16 leaves no digit of the difference.
 import numpy as np
 from torch import Tensor
 
-from heads import Recorded, fused_attention, split_heads
+from attention import Recorded, fused_attention
+from heads import split_heads
 
 
 def on_first(layer: Recorded) -> Tensor:

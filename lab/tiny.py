@@ -1,4 +1,4 @@
-"""The embedded default: a character-level Qwen3 of 1.4 million weights that plays Countdown with three small numbers.
+"""The tiny model: a character-level Qwen3 of 1.4 million weights that plays Countdown with three small numbers.
 
     python -m lab.tiny            makes assets/tiny again from nothing
 
@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.hf_argparser import HfArg
 
 import tasks
 from node import precision
-from rollout import EMBEDDED, TorchActor
+from node.settings import TINY, parse_args
+from rollout import TorchActor
 from tasks.countdown import random_expression, split_of
 
 CHARACTERS = "0123456789+-*/()=,>yn \n"
@@ -41,9 +42,9 @@ SAVE_EVERY = 64  # steps between states of a warm start that can be stopped; who
 
 @dataclass
 class Args:
-    """Warm-start the embedded model from nothing."""
+    """Warm-start the tiny model from nothing."""
 
-    out: str = HfArg(default=EMBEDDED, help="Folder to write the checkpoint to.")
+    out: str = HfArg(default=TINY, help="Folder to write the checkpoint to.")
     steps: int = HfArg(default=1800, help="Optimizer steps.")
     batch: int = HfArg(default=64, help="Traces in a step.")
     lr: float = HfArg(default=3e-3, help="Peak learning rate.")
@@ -185,7 +186,7 @@ def learn(
             prompt, end = torch.tensor([[n, len(ids)] for ids, n in part], device=model.device).split(1, 1)
             t = torch.arange(width, device=model.device)
             learned = (t >= prompt) & (t < end)
-            with precision.passes(dtype, model.device):
+            with precision.autocast(dtype, model.device):
                 states = model.get_decoder()(ids).last_hidden_state[:, :-1][learned[:, 1:]]
                 missed = F.cross_entropy(model.get_output_embeddings()(states).float(), ids[learned], reduction="sum")
                 missed = missed / (tokens * batch)
@@ -224,4 +225,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Args).parse_args_into_dataclasses())
+    main(parse_args(Args))

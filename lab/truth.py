@@ -1,6 +1,6 @@
 """Where does credit belong? The value of every token, measured; and how much of it the signals find.
 
-    python -m lab.truth                                     the embedded model before training, half an hour
+    python -m lab.truth                                     the tiny model before training, half an hour
     python -m lab.truth --model runs/NAME/checkpoint-40     after it
     python -m lab.truth --resume FOLDER                     goes on after a stop; of a finished one, the tables again
 
@@ -29,19 +29,20 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 import tasks
 from grpo import check_head
 from lab import truth_tables
 from node.output import minutes, read_lines, write_whole
-from node.run import check_alone, new_folder
-from rollout import EMBEDDED, Rollout, check_length, fill_defaults, load_model, pad_batch, start_actor
+from node.run import new_folder, refuse_other_args
+from node.settings import TINY, check_length, fill_defaults, load_model, parse_args
+from rollout import Rollout, pad_batch, start_actor
 
 SURE = 1e-3
 CALL = 2048  # continuations in a call, about
-DEFAULTS = {  # of arguments that are not given: for the embedded model and what is trained from it; for any other model
+DEFAULTS = {  # of arguments that are not given: for the tiny model and what is trained from it; for any other model
     "task": ("countdown-tiny", "countdown-words"),
     "max_tokens": (128, 256),
     "kv_cache_gib": (0.5, 8.0),
@@ -52,10 +53,10 @@ DEFAULTS = {  # of arguments that are not given: for the embedded model and what
 class Args:
     """Measure what every token of sampled responses was worth, and how much of that WAAD, FAI and others find."""
 
-    model: str = HfArg(default=EMBEDDED, help="Folder or hub name of a transformers checkpoint.")
+    model: str = HfArg(default=TINY, help="Folder or hub name of a transformers checkpoint.")
     task: str | None = HfArg(
         default=None,
-        help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the embedded model, countdown-words).",
+        help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the tiny model, countdown-words).",
     )
     data: str | None = HfArg(default=None, help="Local JSON, JSONL or parquet file in place of the task's dataset.")
     split: Literal["train", "test"] = HfArg(default="train", help="Of the task's problems.")
@@ -64,11 +65,11 @@ class Args:
     continuations: int = HfArg(default=24, help="K, of each beginning of a response; even.")
     sure: float = HfArg(default=SURE, help="Neighbours that can differ by no more than this share one estimate of V.")
     max_tokens: int | None = HfArg(
-        default=None, help="Longest response (default: 128 for the embedded model, 256 for any other)."
+        default=None, help="Longest response (default: 128 for the tiny model, 256 for any other)."
     )
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
     kv_cache_gib: float | None = HfArg(
-        default=None, help="vLLM's cache, for more responses at once (default: 0.5 for the embedded model, 8)."
+        default=None, help="vLLM's cache, for more responses at once (default: 0.5 for the tiny model, 8)."
     )
     seed: int = HfArg(default=0, help="Seed of problems and sampling.")
     out: str | None = HfArg(default=None, help="Folder to write; it must be new (default: a new one under runs/).")
@@ -237,7 +238,7 @@ def main(args: Args) -> None:
     try:
         folder = Path(args.resume) if args.resume else None
         if folder:
-            check_alone(args)
+            refuse_other_args(args)
         args = read_args(folder) if folder else checked(args)
         problems = tasks.load(args.task, args.split, args.responses // args.group, args.seed, args.data)
         model, tokenizer = load_model(args.model)
@@ -270,4 +271,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Args).parse_args_into_dataclasses())
+    main(parse_args(Args))

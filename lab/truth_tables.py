@@ -45,8 +45,9 @@ PAGES = 6  # responses on the page
 def signals_of(model, input_ids: Tensor, mask: Tensor, **how) -> Signals:
     """What one scoring pass says, by train.py's own functions; `how` are arguments of train.py."""
     args, rows = train.Args(**how), torch.arange(len(mask), device=mask.device)
-    with precision.automatic(model):
-        heads = train.measure_heads(args, model, input_ids, mask, rows[: train.SPAN_ROWS])
+    with precision.autocast_for(model):
+        some = rows[: train.SPAN_ROWS]
+        heads = train.split_into_local_and_global(args, model, input_ids[some], mask[some])
         return train.score(args, model, input_ids, mask, rows, heads)
 
 
@@ -141,7 +142,7 @@ def share_table(signals: Signals, values, mask: Tensor, bootstrap: Bootstrap) ->
         if name == "random":
             others = [None, None]
         else:
-            moved = credit.on_produced(1 + picks[-1], mask) - 1
+            moved = credit.shift_to_produced(1 + picks[-1], mask) - 1
             others = [chosen(name, signals, mask, SHARES[-1], lowest=True), moved]
         cells = [held(w, square, mask, bootstrap) if w is not None else None for w in (*picks, *others)]
         rows.append([name, *cells, (picks[-1].sum() / mask.sum()).item()])

@@ -12,21 +12,20 @@ no_first_token  --credit as it is, but WAAD, FAI and the head split are those of
 The loop is train.py's own, with its arguments; those that choose tokens by attention change nothing in the first two.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 import credit
-import rollout
 import train
 from lab import truth_tables, wording
 from metrics import Signals
 from node import ranks
+from node.settings import load_tokenizer, parse_args
 
 
 @dataclass
@@ -40,36 +39,27 @@ class Args:
     )
 
 
-def by_text(kind: str, tokenizer) -> dict:
-    """What takes the place of train.py's functions for a credit by the text."""
-    marked: list[Tensor] = []  # of the step at hand, which tokens are of the kind: [B,N] bool
+def credit_by_text(kind: str, tokenizer) -> Callable[..., Tensor]:
+    """A credit for train.py: gamma on the tokens of one kind, by the text."""
 
-    def pad_batch(rollouts: list) -> tuple[Tensor, ...]:
-        padded = rollout.pad_batch(rollouts)
-        marked[:] = [wording.marked(tokenizer, rollouts, padded[1])[wording.KINDS.index(kind)]]
-        return padded
+    def credit_of(mask: Tensor, input_ids: Tensor, amp: float, **_) -> Tensor:
+        is_of_kind = wording.marked(tokenizer, input_ids, mask)[wording.KINDS.index(kind)]
+        return 1 + (amp - 1) * is_of_kind
 
-    def assign_credit(name: str, signals: Signals, mask: Tensor, q: float, amp: float, *others) -> Tensor:
-        return 1 + (amp - 1) * (marked[0].to(mask.device) & mask)
-
-    return {"pad_batch": pad_batch, "assign_credit": assign_credit}
+    return credit_of
 
 
-def without_first_token() -> dict:
-    """What takes the place of train.py's functions for a credit by attention without the first token."""
-    score, found = train.score, []  # of the step at hand, its signals
+def credit_without_first_token(name: str) -> Callable[..., Tensor]:
+    """A credit for train.py: the credit of this name, by attention without the first token's column."""
 
-    def and_without(args: train.Args, model, input_ids: Tensor, mask: Tensor, rows: Tensor, heads) -> Signals:
-        seen = score(args, model, input_ids, mask, rows, heads)
-        of_rows = Signals(*(x[rows] for x in seen[:4]), heads)
-        *signals, split = truth_tables.without_first(of_rows, model, input_ids[rows], mask[rows])
-        found[:] = [Signals(*(torch.zeros_like(seen.waad).index_copy(0, rows, x) for x in signals), split)]
-        return seen
+    def credit_of(signals: Signals, mask: Tensor, input_ids: Tensor, model, **settings) -> Tensor:
+        rows = mask.any(1).nonzero()[:, 0]  # the responses that have signals
+        of_rows = Signals(*(x[rows] for x in signals[:4]), signals.heads)
+        *without, heads = truth_tables.without_first(of_rows, model, input_ids[rows], mask[rows])
+        in_place = [torch.zeros_like(signals.waad).index_copy(0, rows, x) for x in without]
+        return credit.assign_credit(name, Signals(*in_place, heads), mask, input_ids, **settings)
 
-    def assign_credit(name: str, signals: Signals, mask: Tensor, *how) -> Tensor:
-        return credit.assign_credit(name, found[0], mask, *how)
-
-    return {"score": and_without, "assign_credit": assign_credit}
+    return credit_of
 
 
 def main(args: Args, run: train.Args) -> None:
@@ -80,15 +70,14 @@ def main(args: Args, run: train.Args) -> None:
         if args.variant == "no_first_token":
             if run.credit not in credit.NEED_ATTENTION:
                 raise ValueError(f"--credit {run.credit}: looks at no attention, so there is no variant of it")
-            changes = without_first_token()
+            own_credit = credit_without_first_token(run.credit)
         else:
             if run.task != "countdown-words":
                 raise ValueError(f"--task {run.task}: only countdown-words tells content from wording by its text")
-            changes = by_text(args.variant, rollout.load_tokenizer(run.model, 1))
+            own_credit = credit_by_text(args.variant, load_tokenizer(run.model, 1))
             run = replace(run, credit="uniform")  # which needs no signal of attention
-    with patch.multiple(train, **changes):
-        train.main(run)
+    train.main(run, own_credit)
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser((Args, train.Args)).parse_args_into_dataclasses())
+    main(*parse_args(Args, train.Args))

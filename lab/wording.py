@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers import AutoModelForCausalLM
 from transformers.hf_argparser import HfArg
 
 import credit
@@ -36,7 +36,8 @@ from lab import truth
 from lab.truth_tables import CHOICE, Bootstrap, cell, held, on_cpu, scores, signals_of, without_first
 from metrics import Signals
 from node.output import markdown
-from rollout import load_model, pad_batch
+from node.settings import load_model, parse_args
+from rollout import pad_batch
 
 KINDS = ("content", "wording")
 PARTS = {"operators": r"[-+*/]", "numbers": r"\d+", "to go on or to end": r"|.*</.*"}  # of the content, by their text
@@ -83,14 +84,15 @@ def kinds(tokens: list[str]) -> list[str]:
     return found
 
 
-def marked(tokenizer, rollouts: list, mask: Tensor) -> Tensor:
-    """Of responses as pad_batch lays them out, which tokens are content and which wording: [2,B,N] bool."""
+def marked(tokenizer, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Which response tokens are content and which are wording: [2,B,N] bool. input_ids [B,N], mask [B,N] bool."""
     kind = torch.zeros(2, *mask.shape, dtype=torch.bool, device=mask.device)
-    for b, r in enumerate(rollouts):
-        labels = kinds([tokenizer.decode([t]) for t in r.ids])
-        start = len(r.prompt_ids)
+    for b in range(len(mask)):
+        labels = kinds([tokenizer.decode([t]) for t in input_ids[b, mask[b]].tolist()])
         for i, name in enumerate(KINDS):
-            kind[i, b, start : start + len(labels)] = torch.tensor([label == name for label in labels])
+            kind[i, b, mask[b]] = torch.tensor(
+                [label == name for label in labels], dtype=torch.bool, device=mask.device
+            )
     return kind
 
 
@@ -163,7 +165,7 @@ def main(args: Args) -> None:
     torch.manual_seed(0)
     fresh = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).to(model.device).eval()
     untrained, mask = on_cpu(signals_of(fresh, input_ids, mask)), mask.cpu()
-    content, wording = marked(tokenizer, found.rollouts, mask) & (signals.entropy > CHOICE)
+    content, wording = marked(tokenizer, input_ids, mask) & (signals.entropy > CHOICE)
     draws, square = Bootstrap(torch.arange(len(mask)) // found.args.group), found.values.square[0]
     looks = look(signals, first_out, untrained, mask)
     print(markdown(table(looks, content, wording, mask, square, draws)) + "\n")
@@ -176,4 +178,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Args).parse_args_into_dataclasses())
+    main(parse_args(Args))

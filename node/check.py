@@ -1,6 +1,6 @@
 """Is this machine ready for a long run? A line per check, ok or what is wrong and what to do; under five minutes.
 
-    python -m node.check                                 the embedded model
+    python -m node.check                                 with the tiny model
     python -m node.check --model Qwen/Qwen3-0.6B         the step and the reload with this model
     python -m node.check --engine torch                  where vLLM is not installed
 
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    HfArgumentParser,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -36,16 +35,17 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 
+import attention
 import grpo
 import heads
 import metrics
 import tasks
-import train
 from node import checkpoint, memory, precision, ranks, replay
 from node.output import minutes
-from node.reload import comparable, first_difference
 from node.run import GAP_LIMIT, Clock
-from rollout import EMBEDDED, fill_defaults, load_config, load_tokenizer, start_actor
+from node.settings import TINY, fill_defaults, load_config, load_tokenizer, parse_args
+from node.stale import comparable_weights, find_stale_weight
+from rollout import start_actor
 
 ROOT = Path(__file__).parents[1]
 CREDIT_LIMIT = 0.1  # of a step: more than this means that something is wrong with the credit on this machine
@@ -55,7 +55,7 @@ CREDIT_LIMIT = 0.1  # of a step: more than this means that something is wrong wi
 class Args:
     """Check that this machine can train: versions, numbers, a whole step, the reload, a kill, memory, cost, ranks."""
 
-    model: str = HfArg(default=EMBEDDED, help="Folder or hub name of the model for the step and the reload.")
+    model: str = HfArg(default=TINY, help="Folder or hub name of the model for the step and the reload.")
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
 
 
@@ -159,7 +159,7 @@ def signals(args: Args) -> str:
 
 def full_maps(model, ids: Tensor, layers: list[int]) -> list[Tensor]:
     """The layers' maps [B,H,N,N] from recorded queries and keys, by a softmax in float64."""
-    with torch.no_grad(), heads.record(model, layers) as recorded:
+    with torch.no_grad(), attention.recording(model, layers) as recorded:
         model(ids)
     maps = []
     for layer in recorded.values():
@@ -183,7 +183,7 @@ def long_spans(args: Args) -> str:
     back = rows[:, None] - torch.arange(n, device=device)
     scores = (q[0, 0, rows].double() @ q[0, 0].double().T).masked_fill(back < 0, -torch.inf)
     want = (scores.softmax(-1) * back).sum(-1).mean().item()
-    layer = heads.Recorded(q, q, 1.0, None, None)  # spans do not look at the log-sum-exp
+    layer = attention.Recorded(q, q, 1.0, None, None)  # spans do not look at the log-sum-exp
     got = metrics.streamed_spans(layer, (torch.arange(n, device=device) >= n - 40)[None]).item()
     require(
         abs(got / want - 1) < 1e-3,
@@ -196,13 +196,14 @@ def long_spans(args: Args) -> str:
 class Loop:
     """A model, an optimizer and a sampler as train.py has them, for a few small steps."""
 
-    def __init__(self, args: Args):
+    def __init__(self, args: Args, train):
+        self.train = train
         self.args, _ = fill_defaults(
             train.Args(model=args.model, engine=args.engine, prompts=4, group=4, minibatches=2),
             train.DEFAULTS,
             args.model,
         )
-        dtype = precision.choose("auto", load_config(args.model))
+        dtype = precision.choose_dtype("auto", load_config(args.model))
         self.args = replace(self.args, max_tokens=min(64, self.args.max_tokens), dtype=dtype)
         device = ranks.start()
         self.model = checkpoint.load_sharded(args.model, device, dtype)
@@ -220,7 +221,7 @@ class Loop:
         batch = [self.problems[(4 * self.made + i) % 64] for i in range(4)]
         self.made += 1
         generator = torch.Generator().manual_seed(self.made)
-        record, self.heads = train.train_step(
+        record, self.heads = self.train.train_step(
             self.args, self.model, self.optimizer, self.actor, batch, self.heads, generator
         )
         return record
@@ -248,18 +249,18 @@ def reload(loop: Loop) -> str:
     if loop.args.engine == "torch":
         return "not needed: --engine torch samples the trainer's own weights"
     generator, everything = torch.Generator().manual_seed(0), 10**6
-    different = first_difference(loop.actor, loop.model, generator, everything)
+    different = find_stale_weight(loop.actor, loop.model, generator, everything)
     require(different is None, f"{different} is not the trainer's after a reload: use the pinned vLLM")
     with torch.no_grad():
         for p in loop.model.parameters():
             p.mul_(1.01)
-    noticed = first_difference(loop.actor, loop.model, generator)
+    noticed = find_stale_weight(loop.actor, loop.model, generator)
     loop.actor.sleep()
     loop.actor.reload(loop.model)
     require(noticed is not None, "a skipped reload was not noticed: a stale sampler would go on unseen")
-    different = first_difference(loop.actor, loop.model, generator, everything)
+    different = find_stale_weight(loop.actor, loop.model, generator, everything)
     require(different is None, f"{different} is not the trainer's after a reload: use the pinned vLLM")
-    count = len(comparable(loop.actor, dict(loop.model.named_parameters())))
+    count = len(comparable_weights(loop.actor, dict(loop.model.named_parameters())))
     return f"{count} tensors equal, a skipped reload is noticed at {noticed}"
 
 
@@ -304,17 +305,17 @@ SMALL = ["--prompts", "4", "--group", "4", "--minibatches", "2", "--eval_problem
 
 
 def killed_run(folder: Path, engine: str) -> None:
-    """A run of the embedded model that is killed when its first checkpoint is there."""
+    """A run of the tiny model that is killed when its first checkpoint is there."""
     command = [sys.executable, "train.py", *SMALL, "--engine", engine, "--steps", "50", "--out", str(folder)]
     said, end = folder.with_name("said"), time.monotonic() + PATIENCE
     with said.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
-        while process.poll() is None and not checkpoint.listed(folder) and time.monotonic() < end:
+        while process.poll() is None and not checkpoint.list_checkpoints(folder) and time.monotonic() < end:
             time.sleep(0.1)
         process.kill()
         process.wait()
     lines = said.read_text().strip().splitlines()
-    require(bool(checkpoint.listed(folder)), f"no checkpoint was written: {lines[-1:]}")
+    require(bool(checkpoint.list_checkpoints(folder)), f"no checkpoint was written: {lines[-1:]}")
 
 
 def kill_and_resume(args: Args) -> str:
@@ -322,7 +323,7 @@ def kill_and_resume(args: Args) -> str:
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "run"
         killed_run(folder, args.engine)
-        at = int(checkpoint.listed(folder)[-1].name.removeprefix("checkpoint-"))
+        at = int(checkpoint.list_checkpoints(folder)[-1].name.removeprefix("checkpoint-"))
         command = [sys.executable, "train.py", "--resume", str(folder), "--steps", str(at + 2)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         require(done.returncode == 0, f"it did not go on: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
@@ -393,7 +394,7 @@ def two_ranks(args: Args) -> str:
         return "not checked: one GPU"
     with tempfile.TemporaryDirectory() as folder:
         rollouts, records = Path(folder) / "rollouts", []
-        replay.record(rollouts)
+        replay.record_rollouts(rollouts)
         for count in (1, 2):
             out = Path(folder) / str(count)
             command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone", "-m",
@@ -406,7 +407,8 @@ def two_ranks(args: Args) -> str:
     return f"losses of three steps differ by {alike(*records):.0e}"
 
 
-def main(args: Args) -> None:
+def main(args: Args, train) -> None:
+    """All checks. train: the module, whose step is checked."""
     began, failed = time.perf_counter(), []
 
     def check(name: str, run: Callable[[], str]) -> None:
@@ -427,7 +429,7 @@ def main(args: Args) -> None:
     loops: list[Loop] = []
 
     def first_of(run: Callable[[Loop], str]) -> str:
-        loops.append(Loop(args))
+        loops.append(Loop(args, train))
         return run(loops[0])
 
     check("two steps", lambda: first_of(steps))
@@ -446,4 +448,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Args).parse_args_into_dataclasses())
+    import train  # here, so that nothing in this folder depends on the loop
+
+    main(parse_args(Args), train)

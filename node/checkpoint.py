@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from node import ranks
 from node.output import write_whole
-from rollout import load_config, load_model
+from node.settings import load_config, load_model
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: that is meant
 SHARD_BYTES = 32 * 2**20  # weights are gathered and written so many at a time, or a tensor, if that is larger
@@ -137,10 +137,10 @@ def save(folder: Path, state: dict, model, tokenizer, optimizer, keep: int) -> N
     except (Exception, CheckpointException) as e:  # a full disk shows as many things, by who was writing
         if first:
             shutil.rmtree(making, ignore_errors=True)
-        left = listed(folder)
+        left = list_checkpoints(folder)
         rest = f"{left[-1].name} is there: make room, then --resume {folder}" if left else "none is there before it"
         raise OSError(f"{final} could not be written ({_reason(e)}); {rest}") from e
-    for old in listed(folder)[:-keep] if first else ():
+    for old in list_checkpoints(folder)[:-keep] if first else ():
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -152,7 +152,7 @@ def _save_weights(model, folder: Path) -> None:
     for file, names in plan.filename_to_tensors.items():
         part = {}
         for name in names:
-            gathered = ranks.whole(weights[name])
+            gathered = ranks.gather_weight(weights[name])
             if ranks.rank() == 0:
                 part[name] = gathered.cpu().contiguous()
         if part:
@@ -162,13 +162,13 @@ def _save_weights(model, folder: Path) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def listed(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, by step."""
     found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
-def damage(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """What in a checkpoint is not as it was written; None if it is whole."""
     try:
         for name, (size, crc) in json.loads((path / "manifest.json").read_text()).items():
@@ -179,25 +179,32 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def latest(folder: str | Path | None) -> tuple[Path, dict] | None:
-    """The newest checkpoint of a run that is whole, and its state; all ranks call, rank 0 chooses.
+def find_latest(folder: str | Path | None) -> tuple[Path, dict] | tuple[None, None]:
+    """The newest checkpoint of a run that is not damaged, and its state. All ranks call, rank 0 chooses.
 
-    A damaged one is named on stderr and passed over. None if there is no run or no checkpoint yet; ValueError if all
-    are damaged.
+    A damaged one is named on stderr and skipped. (None, None) if there is no run or no checkpoint yet. ValueError if
+    all are damaged.
     """
     if folder is None:
-        return None
-    folder, chosen = Path(folder), None
-    for path in reversed(listed(folder)) if ranks.rank() == 0 else ():
-        if (why := damage(path)) is None:
-            chosen = path
-            break
+        return None, None
+    folder = Path(folder)
+    newest = _newest_undamaged(folder) if ranks.rank() == 0 else None
+    newest = ranks.from_rank_0(newest)
+    if newest is None:
+        return None, None
+    return newest, torch.load(newest / "trainer.pt", weights_only=True, map_location="cpu")
+
+
+def _newest_undamaged(folder: Path) -> Path | None:
+    checkpoints = list_checkpoints(folder)
+    for path in reversed(checkpoints):
+        why = find_damage(path)
+        if why is None:
+            return path
         print(f"{path} is damaged ({why}): trying the one before", file=sys.stderr, flush=True)
-    else:
-        if ranks.rank() == 0 and listed(folder):
-            raise ValueError(f"no checkpoint in {folder} is whole; begin anew with another --out")
-    chosen = ranks.from_rank_0(chosen)
-    return chosen and (chosen, torch.load(chosen / "trainer.pt", weights_only=True, map_location="cpu"))
+    if checkpoints:
+        raise ValueError(f"no checkpoint in {folder} is whole; begin anew with another --out")
+    return None
 
 
 def restore(path: Path, state: dict, model, optimizer) -> None:

@@ -1,18 +1,21 @@
-"""What every command writes: files that are whole or not there or grow by lines, Markdown tables, times to read."""
+"""What every command writes: atomic files, JSON lines, Markdown tables, means with intervals, times to read."""
 
 import json
+import math
 from pathlib import Path
+
+from torch import Tensor
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The text under another name, then in place of what was there: whoever stops us, one of the two is whole."""
+    """Write to a temporary file, then rename it, so that the file is never half-written."""
     unfinished = path.with_name(path.name + ".new")
     unfinished.write_text(text)
     unfinished.replace(path)
 
 
 def read_lines(file: Path) -> list:
-    """The whole lines of a JSONL file, none if it is not there; one that a kill cut short is taken away from it."""
+    """The lines of a JSONL file, none if there is no file. A last line that a kill cut short is removed from it."""
     text = file.read_text() if file.exists() else ""
     if text and not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]
@@ -40,3 +43,16 @@ def minutes(seconds: float) -> str:
     """
     whole, rest = divmod(round(seconds), 60)
     return f"{whole} min {rest} s"
+
+
+def mean_interval(per_problem: Tensor) -> tuple[float, float]:
+    """Mean over problems and the half-width of its 95 % interval (normal; problems are the independent draws).
+
+    per_problem [P]: each problem's mean reward, or a difference of two such means.
+
+    >>> [round(x, 3) for x in mean_interval(torch.tensor([0.0, 1.0, 0.0, 1.0]))]
+    [0.5, 0.566]
+    """
+    if len(per_problem) < 2:
+        return per_problem.mean().item(), math.inf
+    return per_problem.mean().item(), 1.96 * per_problem.std().item() / math.sqrt(len(per_problem))

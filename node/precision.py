@@ -11,7 +11,7 @@ WIDE = 512  # hidden size
 HELP = "Of passes and of vLLM; auto: bfloat16 on a GPU, and on a CPU that has it for all but small models."
 
 
-def choose(dtype: str, config) -> str:
+def choose_dtype(dtype: str, config) -> str:
     """What auto stands for on this machine, for a model of this transformers config; another dtype as it is."""
     if dtype != "auto":
         return dtype
@@ -21,12 +21,12 @@ def choose(dtype: str, config) -> str:
     return "bfloat16" if able else "float32"
 
 
-def automatic(model) -> torch.autocast:
-    """passes() in what auto stands for."""
-    return passes(choose("auto", model.config), next(model.parameters()).device)
+def autocast_for(model) -> torch.autocast:
+    """autocast() in what auto stands for."""
+    return autocast(choose_dtype("auto", model.config), next(model.parameters()).device)
 
 
-def passes(dtype: str, device: torch.device | str) -> torch.autocast:
+def autocast(dtype: str, device: torch.device | str) -> torch.autocast:
     """The context for forward and backward passes. Casts are not kept: a step taken within it changes the weights."""
     on_cpu = torch.device(device).type == "cpu"
     enabled = on_cpu and dtype == "bfloat16"

@@ -11,31 +11,31 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import tasks
 from credit import NEED_ATTENTION
 from grpo import check_head
-from heads import layer_range, split_heads
-from metrics import measure_spans
+from heads import layer_range
+from metrics import measure_heads
 from node import memory, precision, ranks
 from node.checkpoint import load_sharded
-from node.run import resumed
-from rollout import fill_defaults, load_config, load_tokenizer
+from node.run import read_args
+from node.settings import fill_defaults, load_config, load_tokenizer
 
 
-def complete(args, defaults: dict):
+def complete_args(args, defaults: dict):
     """The arguments with nothing left open: of the run to resume, or as given, with the defaults for their model.
 
     Raises ValueError for arguments that cannot work.
     """
     if args.resume:
-        args = resumed(args)
+        args = read_args(args)
     else:
         args, note = fill_defaults(args, defaults, args.model)
-        ranks.say(note)
+        ranks.print_once(note)
     if args.dtype == "auto":
-        args = replace(args, dtype=precision.choose("auto", load_config(args.model)))
-    check(args)
+        args = replace(args, dtype=precision.choose_dtype("auto", load_config(args.model)))
+    check_args(args)
     return args
 
 
-def check(args) -> None:
+def check_args(args) -> None:
     """Raise ValueError for arguments that cannot work, before anything long is started."""
 
     def must_lie(low: float, high: float, *names: str) -> None:
@@ -89,7 +89,7 @@ def load_problems(args, tokenizer) -> tuple[list[tasks.Problem], list[tasks.Prob
                 f"{args.max_model_len} with --max_tokens {args.max_tokens}; {needed} are needed"
             )
         if len(fitting) < len(problems):
-            ranks.say(
+            ranks.print_once(
                 f"{task}: {len(problems) - len(fitting)} of {len(problems)} {kind} problems are too long, left out"
             )
         return fitting
@@ -106,7 +106,7 @@ def print_plan(args) -> None:
         shape, world, longest_pass, args.kv_cache_gib, 4 if args.dtype == "float32" else 2,
         args.gradient_checkpointing,
     )  # fmt: skip
-    ranks.say(
+    ranks.print_once(
         f"{args.model}: {memory.parameters(shape)[0]:,} weights, {world} process(es)\n"
         f"{args.task}: {len(train_set)} training problems; {len(test_set)} of {args.eval_task or args.task} held out\n"
         f"the first: {train_set[0].prompt!r}\n"
@@ -132,7 +132,7 @@ def load(args, source: str | Path, device: torch.device):
     if args.credit in NEED_ATTENTION:
         ids = torch.tensor([[0, 1, 2]], device=device)
         layers = layer_range(model.config.get_text_config().num_hidden_layers, args.layers)
-        split_heads(measure_spans(model, ids, ids > 0, layers), args.head_quantile)
+        measure_heads(model, ids, ids > 0, layers, args.head_quantile)
     ranks.reshard(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()

@@ -49,13 +49,13 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def say(text: str) -> None:
+def print_once(text: str) -> None:
     """Print it once, whatever the number of ranks."""
     if rank() == 0:
         print(text, flush=True)
 
 
-def fail(message: str) -> None:
+def exit_with_error(message: str) -> None:
     """End the run with a message. Rank 0 speaks first; another one is heard if rank 0 had nothing to say."""
     if rank() > 0:
         time.sleep(5)
@@ -68,7 +68,7 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as e:
-        fail(e)
+        exit_with_error(e)
 
 
 def decoder_layers(model) -> torch.nn.ModuleList:
@@ -110,16 +110,16 @@ def wait_for_all() -> None:
 def named_weights(model) -> Iterator[tuple[str, Tensor]]:
     """Every weight by name, whole, one at a time. (vLLM keeps the parts of a fused layer until the last has come.)"""
     for name, p in model.named_parameters():
-        yield name, whole(p)
+        yield name, gather_weight(p)
 
 
-def whole(p: Tensor) -> Tensor:
+def gather_weight(p: Tensor) -> Tensor:
     """A weight of which each rank has a part (all must call), or which is whole already."""
     p = p.detach()
     return p.full_tensor() if isinstance(p, DTensor) else p
 
 
-def share(items: list) -> list:
+def my_share(items: list) -> list:
     """This rank's part of a list."""
     return items[rank() :: world_size()]
 

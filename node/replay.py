@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-import train
+import tasks
 from node import checkpoint, ranks
-from rollout import EMBEDDED, TorchActor, load_model
+from node.settings import TINY, load_model
+from rollout import TorchActor
 
 STEPS, PROMPTS = 3, 6
 
@@ -34,20 +35,21 @@ class Replay:
         """Nothing to copy."""
 
 
-def record(path: Path) -> None:
-    """Sample rollouts of the embedded model for main() to learn from."""
+def record_rollouts(path: Path) -> None:
+    """Sample rollouts of the tiny model for main() to learn from."""
     torch.manual_seed(0)
-    problems = train.tasks.load("countdown-tiny", "train", STEPS * PROMPTS)
-    actor = TorchActor(*load_model(EMBEDDED))
+    problems = tasks.load("countdown-tiny", "train", STEPS * PROMPTS)
+    actor = TorchActor(*load_model(TINY))
     groups = actor.generate([p.prompt for p in problems], n=8, max_tokens=80)
     path.write_bytes(pickle.dumps((problems, {p.prompt: g for p, g in zip(problems, groups)})))
 
 
-def main(rollouts: str, out: str) -> None:
+def main(rollouts: str, out: str, train) -> None:
+    """Three training steps on the rollouts. train: the module."""
     problems, sampled = pickle.loads(Path(rollouts).read_bytes())
     device = ranks.start()
     args = train.Args(prompts=PROMPTS, group=8, minibatches=3, micro_tokens=700, credit="coupled")
-    model = checkpoint.load_sharded(EMBEDDED, device)
+    model = checkpoint.load_sharded(TINY, device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.0, fused=True)
     generator, heads, records = torch.Generator().manual_seed(0), None, []
     for step in range(STEPS):
@@ -62,4 +64,6 @@ def main(rollouts: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    import train  # here, so that nothing in this folder depends on the loop
+
+    main(*sys.argv[1:], train)

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval import mean_interval
 from heads import Heads
 from node import checkpoint, ranks
-from node.output import minutes, write_whole
+from node.output import mean_interval, minutes, write_whole
 
 # The largest mean |logp_vllm - logp_torch| that rounding can explain; beyond it the sampler has other weights. What
 # rounding to bfloat16 makes depends on the model: there the first steps of the run are the measure, which a few rows
 # may have made small, hence the least limit. On a GPU vLLM multiplies float32 with TF32's ten bits.
 GAP_LIMIT = {"float32": 1e-3, "TF32": 1e-2, "bfloat16": 0.3}
 GAP_STEPS, GAP_FACTOR, LEAST_LIMIT = 3, 5, 0.02
+DYNAMIC_BATCHES = 4  # batches that --dynamic may draw for one step
 SKIP_LIMIT = 3  # steps in a row with a gradient that is not finite
 SHOWN = {"reward": ".2f", "gap_mean": ".0e", "entropy": ".2f", "tokens_per_s": ".0f"}  # beside the progress bar
 
@@ -59,16 +59,16 @@ class Run:
         self.folder = Path(ranks.from_rank_0(folder))
         if ranks.rank() == 0:
             write_args(args, self.folder)  # a resumed run may have been given more steps
-        state = state or {"step": 0, "position": 0, "first": None, "skips": 0, "heads": None}
-        self.step, self.position, self.skips = state["step"], state["position"], state["skips"]
-        self.first = state["first"]  # held-out success of each problem before training
+        state = state or {"step": 0, "data_position": 0, "baseline_success": None, "skips": 0, "heads": None}
+        self.step, self.data_position, self.skips = state["step"], state["data_position"], state["skips"]
+        self.baseline_success = state["baseline_success"]  # held-out success of each problem before training
         device = next(model.parameters()).device
         self.heads = state["heads"] and Heads(state["heads"][0], *(x.to(device) for x in state["heads"][1:]))
         self.log = Log(self.folder, self.step if args.resume else None)
         self.evaluation_is_due = self._evaluates_here() or self.log.lost_evaluation
 
     @property
-    def over(self) -> bool:
+    def is_done(self) -> bool:
         """All steps are made, or somebody has asked to stop."""
         return self.stopping or self.step >= self.args.steps
 
@@ -78,13 +78,13 @@ class Run:
 
     def next_problems(self, problems: list) -> list:
         """Those of the step to come; with --dynamic, four batches to choose from."""
-        batches = 4 if self.args.dynamic else 1
-        return take(problems, self.position, batches * self.args.prompts, self.args.seed)
+        batches = DYNAMIC_BATCHES if self.args.dynamic else 1
+        return take_problems(problems, self.data_position, batches * self.args.prompts, self.args.seed)
 
     def finish_step(self, record: dict) -> None:
         """Log a step, save when it is time to, and end a run that cannot go on."""
         self.step += 1
-        self.position += record["problems"]
+        self.data_position += record["problems"]
         self.log({"step": self.step, **record})
         self.bar.set_postfix({name: format(record[name], spec) for name, spec in SHOWN.items()})
         self.bar.update()
@@ -97,7 +97,7 @@ class Run:
         self.skips = self.skips + 1 if record["skipped"] else 0
         self._stop_if_broken(record)
         self.stopping = ranks.any_rank(bool(self._asked_to_stop))
-        if self.over or self.step % self.args.save_every == 0:
+        if self.is_done or self.step % self.args.save_every == 0:
             self.save()
         self.evaluation_is_due = self._evaluates_here() and (not self.stopping or self.step == self.args.steps)
 
@@ -118,20 +118,20 @@ class Run:
         gap = record["gap_mean"]
         if record["stale_weight"]:
             self.save()
-            ranks.fail(
+            ranks.exit_with_error(
                 f"step {self.step}: after the reload the sampler does not hold {record['stale_weight']} as the trainer "
                 f"does, so it would sample from another model. The trainer's weights are saved: {self.folder}"
             )
         if not gap <= self.gap_limit():  # not a number counts as too much
             if gap > 0:
                 self.save()
-            ranks.fail(
+            ranks.exit_with_error(
                 f"step {self.step}: the sampler's log-probabilities differ from the trainer's by {gap:.4f} on average, "
                 "more than rounding can explain: its weights were not reloaded (or, if that is not a number, the "
                 f"update diverged: lower --lr). See {self.log.path}"
             )
         if self.skips == SKIP_LIMIT:
-            ranks.fail(
+            ranks.exit_with_error(
                 f"step {self.step}: gradients were not finite in {self.skips} steps in a row; those updates were not "
                 f"made. Lower --lr, or go on from the last checkpoint. See {self.log.path}"
             )
@@ -143,17 +143,20 @@ class Run:
         self.log({"step": self.step, "success": mean, "half_width_95": half})
         if ranks.rank() == 0:
             plot(self.folder, self.log.records)
-        if self.first is None:
-            self.first = success
+        if self.baseline_success is None:
+            self.baseline_success = success
             self.say(f"held-out success before: {100 * mean:.1f} %")
-        self.last = success
+        self.final_success = success
 
     def save(self) -> None:
         """A checkpoint of this moment; when it cannot be written, the run ends."""
         state = {
-            "step": self.step, "position": self.position, "first": self.first, "skips": self.skips,
+            "step": self.step,
+            "data_position": self.data_position,
+            "baseline_success": self.baseline_success,
+            "skips": self.skips,
             "heads": self.heads and tuple(self.heads),
-        }  # fmt: skip
+        }
         with ranks.errors_in_one_line():
             checkpoint.save(self.folder, state, self.model, self.tokenizer, self.optimizer, self.args.keep)
 
@@ -189,10 +192,10 @@ class Run:
             return f"stopped after step {self.step}, as asked; to go on: {command} train.py --resume {self.folder}"
         phases = [r["seconds"] for r in self.log.records if "seconds" in r]
         spent = {name: sum(p[name] for p in phases) for name in phases[0]}
-        gain, half = mean_interval(self.last - self.first)
+        gain, half = mean_interval(self.final_success - self.baseline_success)
         return (
             "time: " + ", ".join(f"{name} {100 * s / sum(spent.values()):.1f} %" for name, s in spent.items()) + "\n"
-            f"held-out success {100 * self.first.mean():.1f} % -> {100 * self.last.mean():.1f} %, "
+            f"held-out success {100 * self.baseline_success.mean():.1f} % -> {100 * self.final_success.mean():.1f} %, "
             f"{100 * gain:+.1f} points (95 % interval {100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}), "
             f"{minutes(time.perf_counter() - self.began)}: {self.folder}"
         )
@@ -203,7 +206,7 @@ def new_folder(out: str | None, name: str) -> Path:
     try:
         if out is None:
             Path("runs").mkdir(exist_ok=True)
-            return next(f for i in count(1) if made(f := Path(f"runs/{name}-{i}")))
+            return next(f for i in count(1) if try_mkdir(f := Path(f"runs/{name}-{i}")))
         folder = Path(out)
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"--out {out} already holds a run: give another folder, or remove it")
@@ -213,7 +216,7 @@ def new_folder(out: str | None, name: str) -> Path:
         raise ValueError(f"--out {out or 'runs/'}: cannot write there ({e.strerror})") from e
 
 
-def made(folder: Path) -> bool:
+def try_mkdir(folder: Path) -> bool:
     """Whether this call, and no other, made the folder."""
     try:
         folder.mkdir()
@@ -227,21 +230,21 @@ def write_args(args, folder: Path) -> None:
     write_whole(folder / "args.json", json.dumps(asdict(args), indent=1))
 
 
-def check_alone(args, *allowed: str) -> None:
+def refuse_other_args(args, *allowed: str) -> None:
     """ValueError for arguments given beside --resume, other than those allowed: it has its own."""
     given = {name for name, value in asdict(args).items() if value != getattr(type(args)(), name)}
     if wrong := ", ".join(f"--{name}" for name in sorted(given - {"resume", *allowed})):
         raise ValueError(f"--resume {args.resume}: takes its arguments from there, so not {wrong} beside it")
 
 
-def resumed(args):
+def read_args(args):
     """The arguments of the run in args.resume; only --steps may be another."""
     before = {"dtype": "bfloat16" if torch.cuda.is_available() else "float32"}  # of runs begun without --dtype
     try:
         saved = type(args)(**before | json.loads((Path(args.resume) / "args.json").read_text()))
     except (OSError, ValueError, TypeError) as e:
         raise ValueError(f"--resume {args.resume}: no run is there, or its args.json cannot be read ({e})") from e
-    check_alone(args, "steps", "dry_run")
+    refuse_other_args(args, "steps", "dry_run")
     steps = saved.steps if args.steps is None else args.steps
     return replace(saved, resume=args.resume, steps=steps, dry_run=args.dry_run)
 
@@ -254,11 +257,11 @@ class Log:
         self.path, self.records = folder / "metrics.jsonl", []
         self.lost_evaluation = False  # one was forgotten and is to be made again
         if ranks.rank() == 0:
-            self._begin(resumed_at)
+            self._read_back(resumed_at)
         # Only rank 0 reads what it also rewrites: all must come to the same evaluations.
         self.records, self.lost_evaluation = ranks.from_rank_0((self.records, self.lost_evaluation))
 
-    def _begin(self, resumed_at: int | None) -> None:
+    def _read_back(self, resumed_at: int | None) -> None:
         for line in self.path.read_text().splitlines() if resumed_at is not None and self.path.exists() else ():
             try:
                 record = json.loads(line)
@@ -302,12 +305,12 @@ def plot(folder: Path, log: list[dict]) -> None:
 
 
 @lru_cache(maxsize=2)
-def shuffled(size: int, seed: int, epoch: int) -> list[int]:
+def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
     """The order of an epoch."""
     return random.Random(f"{seed}/{epoch}").sample(range(size), size)
 
 
-def take(problems: list, position: int, number: int, seed: int) -> list:
+def take_problems(problems: list, position: int, number: int, seed: int) -> list:
     """`number` problems from a position on, of endless epochs of all of them, each in an order of its own."""
     places = (divmod(i, len(problems)) for i in range(position, position + number))
-    return [problems[shuffled(len(problems), seed, epoch)[i]] for epoch, i in places]
+    return [problems[epoch_order(len(problems), seed, epoch)[i]] for epoch, i in places]

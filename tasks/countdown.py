@@ -38,7 +38,7 @@ class Countdown:
 VARIANTS = {
     "countdown": Countdown((3, 4), 99, LANGUAGE_PROMPT),  # Pan et al.'s 3-to-4
     "countdown4": Countdown((4,), 99, LANGUAGE_PROMPT),  # arXiv 2510.13554's
-    "countdown-tiny": Countdown((3,), 15, TINY_PROMPT, train=4_000),  # the embedded model's; 5,154 exist
+    "countdown-tiny": Countdown((3,), 15, TINY_PROMPT, train=4_000),  # the tiny model's; 5,154 exist
     "countdown-words": Countdown((3,), 12, WORDS_PROMPT, train=2_400, test=384),  # lab.smollm's; 3,269 exist
     "countdown-tiny18": Countdown((3,), 18, TINY_PROMPT, train=4_000),  # harder; of 2 or 4 numbers it solves none
 }

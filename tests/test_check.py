@@ -8,12 +8,13 @@ import time
 
 import pytest
 import torch
+from transformers import HfArgumentParser
 
+import attention
 import grpo
-import heads
 import metrics
 import train
-from node import check, checkpoint, memory, reload
+from node import check, checkpoint, memory, stale
 from rollout import VLLMActor
 
 ARGS = check.Args()
@@ -42,19 +43,19 @@ def test_signals(name, monkeypatch):
 
 def test_signals_with_another_log_sum_exp(monkeypatch):
     assert "largest differences WAAD" in check.signals(ARGS)
-    real = heads.fused_attention
+    real = attention.fused_attention
 
     def in_base_two(*args):
         out, lse = real(*args)
         return out, lse / math.log(2)
 
-    monkeypatch.setattr(heads, "fused_attention", in_base_two)
+    monkeypatch.setattr(attention, "fused_attention", in_base_two)
     assert "another log-sum-exp" in fails(check.signals, ARGS)
 
 
 def test_long_spans(monkeypatch):
     assert "exactly" in check.long_spans(ARGS)
-    real = heads.fused_attention
+    real = attention.fused_attention
     monkeypatch.setattr(metrics, "fused_attention", lambda q, k, v, *how: real(q, k, v.bfloat16().float(), *how))
     check.long_spans(ARGS)  # positions go in as numbers below 256, which eight bits hold
     monkeypatch.setattr(metrics, "fused_attention", lambda *how: [x.bfloat16().float() for x in real(*how)])
@@ -70,7 +71,7 @@ def test_memory_formula(monkeypatch):
 
 @pytest.fixture(scope="module")
 def loop():
-    made = check.Loop(ARGS)
+    made = check.Loop(ARGS, train)
     yield made
     made.close()
 
@@ -86,7 +87,7 @@ def test_steps_and_the_reload(loop, monkeypatch):
         assert "does not hold" in fails(check.steps, loop)
     loop.actor.reload(loop.model)
     with monkeypatch.context() as broken:
-        broken.setattr(check, "first_difference", lambda *args: None)
+        broken.setattr(check, "find_stale_weight", lambda *args: None)
         assert "was not noticed" in fails(check.reload, loop)
     loop.actor.reload(loop.model)
     with monkeypatch.context() as broken:
@@ -94,7 +95,7 @@ def test_steps_and_the_reload(loop, monkeypatch):
         broken.setattr(metrics, "streamed_waad", lambda *args: (time.sleep(0.5), real(*args))[1])
         assert "% of a step; a few" in fails(check.cost, loop)
     with monkeypatch.context() as broken:
-        broken.setattr(grpo, "clipped_loss", lambda *args: args[0].sum() * float("nan"))
+        broken.setattr(grpo, "clipped_loss", lambda *args, **more: args[0].sum() * float("nan"))
         assert "not finite" in fails(check.steps, loop)
 
 
@@ -105,7 +106,7 @@ def test_one_wrong_tensor_is_named(loop, monkeypatch):
 
     everything, generator = 10**6, torch.Generator().manual_seed(0)
     loop.actor.reload(loop.model)
-    assert reload.first_difference(loop.actor, loop.model, generator, everything) is None
+    assert stale.find_stale_weight(loop.actor, loop.model, generator, everything) is None
     named = ranks.named_weights
     wrong = {
         "model.layers.5.self_attn.k_proj.weight": "model.layers.5.self_attn.qkv_proj.weight",
@@ -117,7 +118,7 @@ def test_one_wrong_tensor_is_named(loop, monkeypatch):
         with monkeypatch.context() as fault:
             fault.setattr(ranks, "named_weights", lambda m, b=broken: ((n, w + 1e-6 * (n == b)) for n, w in named(m)))
             loop.actor.reload(loop.model)
-        assert reload.first_difference(loop.actor, loop.model, generator, everything) == found
+        assert stale.find_stale_weight(loop.actor, loop.model, generator, everything) == found
     with monkeypatch.context() as fault:  # one that is not handed over at all: vLLM's own warning gets through
         fault.setattr(ranks, "named_weights", lambda m: ((n, w) for n, w in named(m) if "layers.2.mlp.down" not in n))
         said = io.StringIO()
@@ -126,13 +127,13 @@ def test_one_wrong_tensor_is_named(loop, monkeypatch):
         loop.actor.reload(loop.model)
         assert "weights were not loaded" in said.getvalue()
     loop.actor.reload(loop.model)
-    found = [reload.first_difference(loop.actor, loop.model, generator) for _ in range(3)]
+    found = [stale.find_stale_weight(loop.actor, loop.model, generator) for _ in range(3)]
     assert found == [None] * 3
     with monkeypatch.context() as other:
-        other.setattr(reload, "comparable", lambda *args: [])
+        other.setattr(stale, "comparable_weights", lambda *args: [])
         with pytest.raises(SystemExit, match="names no weight of Qwen3ForCausalLM as the trainer does"):
-            reload.first_difference(loop.actor, loop.model, generator)
-    pairs = reload.comparable(loop.actor, dict(loop.model.named_parameters()))
+            stale.find_stale_weight(loop.actor, loop.model, generator)
+    pairs = stale.comparable_weights(loop.actor, dict(loop.model.named_parameters()))
     assert len(pairs) == 2 + 12 * 8 and all(parts for _, parts in pairs)
 
 
@@ -142,7 +143,7 @@ def test_kill_and_resume(monkeypatch):
 
     def killed_and_damaged(folder, engine):
         real(folder, engine)
-        for path in checkpoint.listed(folder):
+        for path in checkpoint.list_checkpoints(folder):
             (path / "trainer.pt").unlink()
 
     monkeypatch.setattr(check, "killed_run", killed_and_damaged)
@@ -159,7 +160,7 @@ def test_two_ranks_are_compared():
 def test_a_failing_check_is_counted_and_the_others_go_on(monkeypatch, capsys):
     for name in ("signals", "long_spans", "memory_formula", "steps", "reload", "cost", "kill_and_resume", "two_ranks"):
         monkeypatch.setattr(check, name, lambda *args: "well")
-    monkeypatch.setattr(check, "Loop", lambda args: type("Loop", (), {"close": lambda self: None})())
+    monkeypatch.setattr(check, "Loop", lambda args, train: type("Loop", (), {"close": lambda self: None})())
 
     def broken(args):
         raise RuntimeError("no such thing\nand more")
@@ -167,30 +168,30 @@ def test_a_failing_check_is_counted_and_the_others_go_on(monkeypatch, capsys):
     monkeypatch.setattr(check.ranks, "stop", lambda: None)  # another test's sampler may still be at work
     monkeypatch.setattr(check, "versions", broken)
     with pytest.raises(SystemExit, match=r"1 of 9 checks failed in .*: versions"):
-        check.main(ARGS)
+        check.main(ARGS, train)
     out = capsys.readouterr().out
     assert "FAIL versions" in out and "RuntimeError: no such thing" in out and out.count("ok  ") == 8
     monkeypatch.setattr(check, "versions", lambda args: "well")
-    check.main(ARGS)
+    check.main(ARGS, train)
     assert "all 9 checks passed" in capsys.readouterr().out
     begun = []
 
-    def no_engine(args):
+    def no_engine(args, train):
         begun.append(args)
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(check, "Loop", no_engine)
     with pytest.raises(SystemExit, match=r"3 of 9 checks failed in .*: two steps, reload, cost of the credit"):
-        check.main(ARGS)
+        check.main(ARGS, train)
     out = capsys.readouterr().out
     assert len(begun) == 1 and "RuntimeError: no memory" in out and out.count("could not be started") == 2
 
 
 def test_the_step_stops_at_once_when_the_reload_is_taken_away(tmp_path, monkeypatch):
     """As train.py has it: at the first step, with the tensor's name, and nothing is lost."""
-    monkeypatch.setattr(train, "first_difference", lambda *args: "lm_head.weight")
+    monkeypatch.setattr(train, "find_stale_weight", lambda *args: "lm_head.weight")
     flags = ["--engine", "torch", "--steps", "4", "--prompts", "4", "--group", "2", "--minibatches", "2",
              "--eval_problems", "2", "--max_tokens", "24", "--out", str(tmp_path / "run")]  # fmt: skip
     with pytest.raises(SystemExit, match=r"step 1: after the reload the sampler does not hold lm_head\.weight"):
-        train.main(*train.HfArgumentParser(train.Args).parse_args_into_dataclasses(flags))
-    assert checkpoint.listed(tmp_path / "run")
+        train.main(*HfArgumentParser(train.Args).parse_args_into_dataclasses(flags))
+    assert checkpoint.list_checkpoints(tmp_path / "run")

@@ -147,6 +147,6 @@ def test_each_name_is_its_function_with_all_its_settings():
     for name, gamma in want.items():
         assert torch.equal(credit.assign_credit(name, signals, mask, alpha=0.1, k=5, **how), gamma), name
         produced = credit.assign_credit(name, signals, mask, alpha=0.1, k=5, produced=True, **how)
-        assert torch.equal(produced, credit.on_produced(gamma, mask)), name
+        assert torch.equal(produced, credit.shift_to_produced(gamma, mask)), name
     drawn = credit.assign_credit("random", signals, mask, generator=g, **how)
     assert ((drawn == 3).sum(1) == 8).all()

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 import eval as evaluation
 import rollout
 import tasks
+from node import settings
 
 SMALL = ["--engine", "torch", "--problems", "8", "--samples", "3", "--max_tokens", "64"]
 
@@ -21,9 +22,9 @@ def run(*argv):
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
-    """A second checkpoint: the embedded model with slightly different weights."""
+    """A second checkpoint: the tiny model with slightly different weights."""
     folder = str(tmp_path_factory.mktemp("other"))
-    model, tokenizer = rollout.load_model("assets/tiny")
+    model, tokenizer = settings.load_model("assets/tiny")
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -152,7 +153,7 @@ def test_without_out_nothing_is_written(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "write", None)
     run()
     out = capsys.readouterr().out.strip().splitlines()
-    assert out[0].startswith("defaults for the embedded model: --task ['countdown-tiny'] --max_model_len 512")
+    assert out[0].startswith("defaults for the tiny model: --task ['countdown-tiny'] --max_model_len 512")
     assert "8 of countdown-tiny: greedy pass@1" in out[1] and "truncated" in out[1] and "not kept" in out[-1]
 
 
@@ -160,7 +161,7 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generati
 
 
 def test_chat_uses_the_template_and_plain_text_does_not(tmp_path, monkeypatch):
-    model, tokenizer = rollout.load_model("assets/tiny")
+    model, tokenizer = settings.load_model("assets/tiny")
     tokenizer.chat_template = TEMPLATE
     assert rollout.chat_prompts(tokenizer, ["1 2", "3"]) == tokenizer(["1 2>", "3>"]).input_ids
     model.save_pretrained(tmp_path / "model")

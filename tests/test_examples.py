@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, PromptTuningConfig
 
 import credit
-import rollout
 from examples import trl_rhythm
 from metrics import Signals
+from node import settings
 from tests.small_trl import TRL, GRPOTrainer, Rhythm, eager_gammas, scored, trained, trainer, weights
 
 ROOT = Path(trl_rhythm.__file__).parents[1]
@@ -187,7 +187,7 @@ def test_the_readmes_step_runs_in_a_folder_with_the_four_files(tmp_path):
     (step,) = re.findall(r"```python\n(.*?)```", (ROOT / "examples" / "README.md").read_text(), re.DOTALL)
     name, tokens = '"Qwen/Qwen3-0.6B"', "max_new_tokens=256"
     assert name in step and tokens in step
-    model, tokenizer = rollout.load_model(str(ROOT / rollout.EMBEDDED))
+    model, tokenizer = settings.load_model(str(ROOT / settings.TINY))
     line_break = tokenizer("\n").input_ids[0]  # ends a response and pads it, as one of the ends of Qwen3 does
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, line_break]
     model.generation_config.pad_token_id = line_break
@@ -219,7 +219,7 @@ def test_two_processes(tmp_path):
     means = torch.stack([b["gamma"][b["completion_mask"].bool()].mean() for b in batches])
     assert one["log"][0]["credit/gamma"] == pytest.approx(((means * tokens).sum() / tokens.sum()).item(), abs=1e-5)
 
-    want = scored(rollout.load_model(rollout.EMBEDDED, "cpu")[0])
+    want = scored(settings.load_model(settings.TINY, "cpu")[0])
     for wrapper in ("DDP", "FSDP2"):
         got = two[wrapper]
         torch.testing.assert_close(got["logprobs"], want["logprobs"], rtol=0, atol=1e-4)

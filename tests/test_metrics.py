@@ -17,6 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import attention
 import heads
 import metrics
 from grpo import token_logprobs
@@ -131,14 +132,14 @@ def test_left_padding_gives_the_numbers_of_right_padding_in_the_callers_places(n
 def test_an_attention_mask_that_does_not_fit_is_refused():
     model = llm(*MODELS["qwen3"][:2], head_dim=16)
     ids, mask = torch.ones(1, 8, dtype=torch.long), torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0]]).bool()
-    for attention, error in (
+    for attention_mask, error in (
         ([0, 1, 0, 1, 1, 1, 0, 0], "has a hole"),
         ([1, 0, 0, 1, 1, 1, 0, 1], "has a hole"),
         ([0, 1, 1, 1, 1, 0, 0, 0], "attention_mask is 0"),
         ([0, 0, 0, 1, 1, 1, 0, 0], "marks token 0"),  # the first token of the row, wherever it lies
     ):
         with pytest.raises(ValueError, match=error):
-            metrics.observe(model, ids, mask, attention_mask=torch.tensor([attention]))
+            metrics.observe(model, ids, mask, attention_mask=torch.tensor([attention_mask]))
 
 
 def test_left_padding_takes_linear_memory():
@@ -181,8 +182,8 @@ def test_streams_equal_definitions_on_random_shapes(seed):
     mask[0, n - 1] = True
     scores = (q @ k.repeat_interleave(h // h_kv, 1).mT) * 0.3
     maps = scores.masked_fill(~(see if visible is None else visible), -torch.inf).softmax(-1)
-    _, lse = heads.fused_attention(q, k, k, 0.3, visible)
-    layer = heads.Recorded(q, k, 0.3, lse, visible)
+    _, lse = attention.fused_attention(q, k, k, 0.3, visible)
+    layer = attention.Recorded(q, k, 0.3, lse, visible)
 
     torch.testing.assert_close(metrics.streamed_spans(layer, mask), heads.head_spans(maps, mask), rtol=1e-4, atol=1e-4)
     group = torch.rand(h, generator=g) > 0.4
@@ -207,7 +208,7 @@ def test_spans_keep_four_digits_at_32k_tokens(dtype):
     scores = (q[0, 0, rows].double() @ q[0, 0].double().T).masked_fill(torch.arange(n) > rows[:, None], -torch.inf)
     want = (scores.softmax(-1) * (rows[:, None] - torch.arange(n))).sum(-1).mean()
     mask = (torch.arange(n) >= n - 40)[None]
-    got = metrics.streamed_spans(heads.Recorded(q, q, 1.0, None, None), mask)
+    got = metrics.streamed_spans(attention.Recorded(q, q, 1.0, None, None), mask)
     assert got.item() == pytest.approx(want.item(), rel=1e-4)
 
 
@@ -215,7 +216,7 @@ def test_signals_of_a_bf16_model_are_those_of_its_own_queries_and_keys():
     model = llm(*MODELS["qwen3"][:2], head_dim=16).bfloat16()
     ids, mask = ragged([(5, 140), (30, 60)], 150)
     got = metrics.observe(model, ids, mask)
-    with torch.no_grad(), heads.record(model, got.heads.layers) as recorded:
+    with torch.no_grad(), attention.recording(model, got.heads.layers) as recorded:
         model(ids)
     maps = {}
     for layer, r in recorded.items():
@@ -243,7 +244,7 @@ def test_under_autocast_the_signals_are_near_those_of_float32():
 def test_a_trainers_autocast_does_not_reach_the_band():
     torch.manual_seed(0)
     q, k = 3 * torch.randn(1, 4, 150, 16), 3 * torch.randn(1, 2, 150, 16)
-    layer = heads.Recorded(q, k, 0.25, heads.fused_attention(q, k, k, 0.25)[1], None)
+    layer = attention.Recorded(q, k, 0.25, attention.fused_attention(q, k, k, 0.25)[1], None)
     chosen, mask = [(layer, torch.ones(4, dtype=torch.bool))], (torch.arange(150) >= 20)[None]
     want = metrics.streamed_waad(chosen, mask), metrics.streamed_fai(chosen, mask)
     with torch.autocast("cpu", torch.bfloat16):
@@ -255,7 +256,7 @@ def test_recording_changes_nothing_and_leaves_nothing():
     model = llm(*MODELS["qwen3"][:2], head_dim=16)
     ids, _ = ragged([(5, 40), (9, 3)], 50)
     before = model(ids).logits
-    with torch.no_grad(), heads.record(model, [2, 3]) as recorded:
+    with torch.no_grad(), attention.recording(model, [2, 3]) as recorded:
         during = model(ids).logits
     assert (
         recorded.keys() == {2, 3}
@@ -263,7 +264,7 @@ def test_recording_changes_nothing_and_leaves_nothing():
         and recorded[3].key.shape == (2, 2, 50, 16)
     )
     assert torch.equal(before, during) and torch.equal(before, model(ids).logits)
-    assert model.config._attn_implementation == "sdpa" and not heads._recording
+    assert model.config._attn_implementation == "sdpa" and not attention._recorded
 
 
 def test_models_without_plain_softmax_attention_are_refused():

@@ -34,7 +34,7 @@ def test_the_line_of(name, tmp_path):
     assert launch.split() == ["--nproc-per-node", "8", "--shutdown-timeout", "900"] and script
     (args,) = HfArgumentParser(train.Args).parse_args_into_dataclasses(flags.splitlines())
     assert args.seed == 7 and not [field for field in train.DEFAULTS if getattr(args, field) is None]
-    prepare.check(args)
+    prepare.check_args(args)
     assert args.prompts * args.group == 512 and args.minibatches == 16 and args.lr == 1e-6
     assert (args.steps, args.max_tokens) == (600 if "8b" in name else 500, 8192 if "8k" in name else 1024)
     assert args.credit == "coupled" and (args.q, args.gamma_amp, args.sign) == (0.4, 1.5, "both")

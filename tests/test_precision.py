@@ -9,7 +9,7 @@ from transformers import Qwen3Config
 import grpo
 import train
 from node import precision
-from rollout import load_config, load_model
+from node.settings import load_config, load_model
 from tests.test_train import run
 
 
@@ -18,11 +18,14 @@ def test_auto_is_float32_for_small_models_and_where_bfloat16_is_slow(monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for able in (True, False):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
-        assert precision.choose("auto", wide) == ("bfloat16" if able else "float32")
-        assert precision.choose("auto", load_config("assets/tiny")) == "float32", "the embedded model stays"
-        assert precision.choose("bfloat16", wide) == "bfloat16" and precision.choose("float32", wide) == "float32"
+        assert precision.choose_dtype("auto", wide) == ("bfloat16" if able else "float32")
+        assert precision.choose_dtype("auto", load_config("assets/tiny")) == "float32", "the tiny model stays"
+        assert (
+            precision.choose_dtype("bfloat16", wide) == "bfloat16"
+            and precision.choose_dtype("float32", wide) == "float32"
+        )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert precision.choose("auto", load_config("assets/tiny")) == "bfloat16"
+    assert precision.choose_dtype("auto", load_config("assets/tiny")) == "bfloat16"
 
 
 def test_each_minibatch_sees_the_weights_that_the_one_before_has_left():
@@ -36,7 +39,7 @@ def test_each_minibatch_sees_the_weights_that_the_one_before_has_left():
         optimizer = torch.optim.SGD(model.parameters(), 0.5)
         halves = [torch.arange(2), torch.arange(2, 4)]
         for part in [halves] if both else [[h] for h in halves]:
-            with precision.passes("bfloat16", "cpu"):
+            with precision.autocast("bfloat16", "cpu"):
                 grpo.update(model, optimizer, ids, mask, old, advantages, part)
         return model.get_input_embeddings().weight.detach()
 

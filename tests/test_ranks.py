@@ -24,7 +24,7 @@ def torchrun(ranks, *argv, timeout=900):
 
 
 def test_one_and_two_ranks_train_alike_on_the_same_rollouts(tmp_path):
-    replay.record(tmp_path / "rollouts")
+    replay.record_rollouts(tmp_path / "rollouts")
     for count in (1, 2):
         done = torchrun(count, "-m", "node.replay", tmp_path / "rollouts", tmp_path / str(count))
         assert done.returncode == 0, done.stderr[-20000:]
@@ -80,7 +80,7 @@ def test_two_ranks_with_vllm_train_save_and_resume(tmp_path):
     assert [r["step"] for r in log if "reward" in r] == [1, 2, 3]
     assert [r["step"] for r in log if "success" in r] == [0, 2, 3]
     assert all(r["gap_max"] < GAP for r in log if "reward" in r), "both engines were reloaded from the shards"
-    path, state = checkpoint.latest(tmp_path / "run")  # one process reads what two have written, both halves
+    path, state = checkpoint.find_latest(tmp_path / "run")  # one process reads what two have written, both halves
     before, after = (AutoModelForCausalLM.from_pretrained(p) for p in ("assets/tiny", path))
     assert [p.shape for p in before.parameters()] == [p.shape for p in after.parameters()]
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
@@ -98,7 +98,7 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(tmp_path):
         "ranks.start()\n"
         "ranks.any_rank(False)\n"
         "if ranks.rank() == 1:\n"
-        "    ranks.fail('rank one has had enough')\n"
+        "    ranks.exit_with_error('rank one has had enough')\n"
         "ranks.all_reduce_sum(torch.zeros(1))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

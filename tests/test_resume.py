@@ -47,7 +47,7 @@ def same(a, b):
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     run(*SMALL, "--steps", 5, "--out", folder)
-    assert [p.name for p in checkpoint.listed(folder)] == ["checkpoint-4", "checkpoint-5"]
+    assert [p.name for p in checkpoint.list_checkpoints(folder)] == ["checkpoint-4", "checkpoint-5"]
     assert sum(r.get("grad_norm", 0) > 0 for r in outcome(folder)[1]) >= 3, "there is something to lose"
     return outcome(folder)
 
@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, monk
     for name, damage in DAMAGE.items():
         shutil.copytree(tmp_path / "run", tmp_path / name)
         damage(tmp_path / name / "checkpoint-3")
-        assert checkpoint.latest(tmp_path / name)[0].name == "checkpoint-2"
+        assert checkpoint.find_latest(tmp_path / name)[0].name == "checkpoint-2"
         assert "checkpoint-3 is damaged" in capsys.readouterr().err
     with open(tmp_path / name / "metrics.jsonl", "a") as f:
         f.write('{"step": 4, "rew')  # and the line that was being written
@@ -153,7 +153,7 @@ def test_gradients_that_are_not_finite_are_skipped_counted_and_end_the_run(tmp_p
         run(*SMALL, "--steps", 9, "--prompts", 8, "--out", tmp_path / "run")
     log = [r for r in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if "reward" in r]
     assert [r["skipped"] for r in log] == [0, 2, 0, 2, 2, 2]
-    path, _ = checkpoint.latest(tmp_path / "run")
+    path, _ = checkpoint.find_latest(tmp_path / "run")
     assert all(w.isfinite().all() for w in load_file(path / "model.safetensors").values())
 
 
@@ -173,13 +173,15 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path, uninterrup
                 text=True,
             )  # fmt: skip
             if kills > 0:
-                seen, new_one = checkpoint.listed(folder), kills % 2 == 1
+                seen, new_one = checkpoint.list_checkpoints(folder), kills % 2 == 1
                 while process.poll() is None and (
-                    checkpoint.listed(folder) in (seen, []) if new_one else not (folder / "args.json").exists()
+                    checkpoint.list_checkpoints(folder) in (seen, [])
+                    if new_one
+                    else not (folder / "args.json").exists()
                 ):
                     time.sleep(0.05)
                 time.sleep(rng.uniform(0, 2))
-                after_a_checkpoint += process.poll() is None and bool(checkpoint.listed(folder))
+                after_a_checkpoint += process.poll() is None and bool(checkpoint.list_checkpoints(folder))
                 process.kill()
                 kills -= 1
             err = process.communicate(timeout=900)[1]

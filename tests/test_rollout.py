@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 import grpo
 from lab import tiny
-from rollout import TorchActor, VLLMActor, load_model, pad_batch
+from node.settings import load_model
+from rollout import TorchActor, VLLMActor, pad_batch
 from tests.machine import GAP
 
 PROMPTS = ["3 7 5>38\n<think>", "1 2 3>10\n<think>", "12 15 9>36\n<think>"]

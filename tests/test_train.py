@@ -16,7 +16,7 @@ import grpo
 import metrics
 import rollout
 import train
-from node import prepare
+from node import prepare, settings
 from node import run as node_run
 from node.replay import Replay
 from tasks import countdown
@@ -35,7 +35,7 @@ def records(folder):
 
 
 def tiny_args(**changes):
-    return rollout.fill_defaults(train.Args(**changes), train.DEFAULTS, rollout.EMBEDDED)[0]
+    return settings.fill_defaults(train.Args(**changes), train.DEFAULTS, settings.TINY)[0]
 
 
 @pytest.mark.vllm
@@ -59,7 +59,7 @@ def test_a_run_with_vllm(tmp_path, capsys):
     before, after = (AutoModelForCausalLM.from_pretrained(p) for p in ("assets/tiny", trained))
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
     assert len(AutoTokenizer.from_pretrained(trained)) == len(AutoTokenizer.from_pretrained("assets/tiny"))
-    assert rollout.is_embedded(str(trained)), "its defaults are still the embedded model's"
+    assert settings.is_tiny(str(trained)), "its defaults are still the tiny model's"
 
 
 @pytest.mark.vllm
@@ -69,7 +69,7 @@ def test_a_sampler_that_was_not_reloaded_stops_the_run(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"step 1: after the reload the sampler does not hold \S+weight"):
         run("--out", tmp_path / "looked", "--eval_problems", 2)
     assert list((tmp_path / "looked").glob("checkpoint-1/config.json")), "nothing is lost"
-    monkeypatch.setattr(train, "first_difference", lambda *args: None)
+    monkeypatch.setattr(train, "find_stale_weight", lambda *args: None)
     with pytest.raises(SystemExit, match="weights were not reloaded"):
         run("--out", tmp_path / "run", "--steps", 12, "--eval_problems", 2)
     steps = [r for r in records(tmp_path / "run") if "reward" in r]
@@ -92,7 +92,7 @@ def sampled():
     """Eight problems and four responses to each; some groups are of equal reward and some are not."""
     torch.manual_seed(0)
     problems = train.tasks.load("countdown-tiny", "train", 8)
-    actor = rollout.TorchActor(*rollout.load_model("assets/tiny"))
+    actor = rollout.TorchActor(*settings.load_model("assets/tiny"))
     return problems, dict(zip([p.prompt for p in problems], actor.generate([p.prompt for p in problems], 4, 96)))
 
 
@@ -100,7 +100,7 @@ def one_step(sampled, rollouts=None, **changes):
     """What a step on these rollouts logs, the heads it used, and the weights after it."""
     problems, groups = sampled
     args = tiny_args(prompts=8, group=4, minibatches=2, max_tokens=96, **changes)
-    model, _ = rollout.load_model("assets/tiny", "cpu")
+    model, _ = settings.load_model("assets/tiny", "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     record, heads = train.train_step(args, model, optimizer, Replay(groups), problems, None, generator)
@@ -108,19 +108,22 @@ def one_step(sampled, rollouts=None, **changes):
 
 
 def given(sampled, monkeypatch, **changes):
-    """What a step hands to update after model and optimizer: ids, mask, old log-probs, shaped advantages, minibatches,
-    tokens of a pass, epsilon, epsilon_high, rank, world."""
-    seen, nothing = [], {"loss": 0.0, "grad_norm": 0.0, "skipped": 0}
+    """What a step hands to update after model and optimizer, by the names of update's arguments."""
+    seen = {}
+
+    def note(model, optimizer, input_ids, mask, **more):
+        seen.update(input_ids=input_ids, mask=mask, **more)
+        return {"loss": 0.0, "grad_norm": 0.0, "skipped": 0}
+
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update", lambda *args: seen.append(args[2:]) or nothing)
+        patch.setattr(train, "update", note)
         one_step(sampled, **changes)
-    return seen[0]
+    return seen
 
 
 def test_a_step_hands_update_the_advantages_of_its_own_rows(sampled, monkeypatch):
-    ids, mask, _, shaped, parts, _, low, high, *_ = given(
-        sampled, monkeypatch, credit="uniform", epsilon=0.1, epsilon_high=0.3
-    )
+    seen = given(sampled, monkeypatch, credit="uniform", epsilon=0.1, epsilon_high=0.3)
+    ids, mask, shaped, parts = (seen[x] for x in ("input_ids", "mask", "advantages", "minibatches"))
     b = 0
     for problem in sampled[0]:
         group = sampled[1][problem.prompt]
@@ -130,7 +133,7 @@ def test_a_step_hands_update_the_advantages_of_its_own_rows(sampled, monkeypatch
             want = (reward - statistics.mean(rewards)) / std if std else 0.0
             assert ids[b][mask[b]].tolist() == r.ids and (shaped[b][mask[b]] - want).abs().max() < 1e-4
             b += 1
-    assert (low, high) == (0.1, 0.3) and [len(x) for x in parts] == [16, 16]
+    assert (seen["epsilon"], seen["epsilon_high"]) == (0.1, 0.3) and [len(x) for x in parts] == [16, 16]
     assert sorted(torch.cat(parts).tolist()) == list(range(32))
 
 
@@ -141,12 +144,13 @@ def test_importance_weights_are_trainer_over_sampler_up_to_the_cap(sampled, monk
         prompt: [r._replace(logprobs=[x - shift[i % 3] for i, x in enumerate(r.logprobs)]) for r in group]
         for prompt, group in sampled[1].items()
     }
-    ids, mask, old, plain, *_ = given((sampled[0], off), monkeypatch, credit="uniform")
-    capped = given((sampled[0], off), monkeypatch, credit="uniform", tis_cap=2.0)[3]
+    seen = given((sampled[0], off), monkeypatch, credit="uniform")
+    ids, mask, old, plain = (seen[x] for x in ("input_ids", "mask", "old_logprobs", "advantages"))
+    capped = given((sampled[0], off), monkeypatch, credit="uniform", tis_cap=2.0)["advantages"]
     weight = torch.tensor([0.5, 1.5, 2.0])[(mask.cumsum(1) - 1) % 3]
     torch.testing.assert_close(capped * mask, plain * weight * mask, rtol=1e-3, atol=1e-6)
     with torch.no_grad():
-        want = grpo.token_logprobs(rollout.load_model("assets/tiny", "cpu")[0], ids, mask)[0]
+        want = grpo.token_logprobs(settings.load_model("assets/tiny", "cpu")[0], ids, mask)[0]
     taught = mask & (plain != 0)
     torch.testing.assert_close(old[taught], want[taught], rtol=0, atol=1e-4)
 
@@ -155,9 +159,9 @@ def test_scoring_and_learning_are_in_the_same_precision(sampled, monkeypatch):
     seen = {}
 
     def noted(name, real):
-        def call(*args):
+        def call(*args, **more):
             seen[name] = torch.is_autocast_enabled("cpu")
-            return real(*args)
+            return real(*args, **more)
 
         return call
 
@@ -168,12 +172,12 @@ def test_scoring_and_learning_are_in_the_same_precision(sampled, monkeypatch):
 
 
 def test_spans_do_not_depend_on_the_passes(sampled):
-    model, _ = rollout.load_model("assets/tiny", "cpu")
+    model, _ = settings.load_model("assets/tiny", "cpu")
     ids, mask, _ = rollout.pad_batch([r for group in sampled[1].values() for r in group])
-    rows = torch.arange(5, 32)
-    whole, parts = (train.measure_heads(tiny_args(micro_tokens=n), model, ids, mask, rows) for n in (10**6, 300))
-    want = metrics.measure_spans(model, ids[rows], mask[rows], whole.layers)
-    for heads in (whole, parts):
+    ids, mask = ids[5:], mask[5:]
+    want = metrics.observe(model, ids, mask).heads.spans
+    for micro_tokens in (10**6, 300):
+        heads = train.split_into_local_and_global(tiny_args(micro_tokens=micro_tokens), model, ids, mask)
         torch.testing.assert_close(heads.spans, want, rtol=1e-4, atol=1e-4)
 
 
@@ -216,9 +220,9 @@ def test_scaled_has_the_mean_of_coupled_although_some_groups_are_not_scored(samp
 def test_the_split_is_measured_on_the_batch_even_if_all_groups_are_equal(sampled, monkeypatch):
     rows, measure = [], train.measure_heads
 
-    def note(*args):
-        rows.append(len(args[-1]))
-        return measure(*args)
+    def note(model, input_ids, mask, **how):
+        rows.append(len(mask))
+        return measure(model, input_ids, mask, **how)
 
     monkeypatch.setattr(train, "measure_heads", note)
     _, mixed, _ = one_step(sampled, credit="coupled")
@@ -243,8 +247,8 @@ def test_every_flag_reaches_the_credit(sampled, monkeypatch):
     """Each ablation changes the advantages that a step learns from, on the same rollouts."""
 
     def outcome(**changes):
-        _, mask, _, shaped, *_ = given(sampled, monkeypatch, **changes)
-        return shaped[mask]
+        seen = given(sampled, monkeypatch, **changes)
+        return seen["advantages"][seen["mask"]]
 
     changes = [
         {}, {"credit": "local"}, {"credit": "global"}, {"credit": "entropy"}, {"credit": "random"},
@@ -284,15 +288,15 @@ def test_with_checkpointing_a_layer_runs_again_and_the_gradient_is_the_same():
 
 
 def test_dynamic_sampling_replaces_groups_of_equal_reward(sampled, tmp_path, monkeypatch, capsys):
-    actor = rollout.TorchActor(*rollout.load_model("assets/tiny"))
+    actor = rollout.TorchActor(*settings.load_model("assets/tiny"))
     problems = train.tasks.load("countdown-tiny", "train", 24)
     torch.manual_seed(0)
     args = tiny_args(prompts=6, group=4, max_tokens=96, dynamic=True)
-    groups, rewards, everything = train.sample(args, actor, problems)
+    groups, rewards, everything = train.sample_dynamic(args, actor, problems)
     assert len(groups) == len(rewards) == 6 and all(0 < r.mean() < 1 for r in rewards)
     assert len(everything) > 6 and len(everything) % 6 == 0, "whole batches are drawn until there are enough"
-    plain = train.sample(replace(args, dynamic=False), actor, problems[:6])
-    assert len(plain[0]) == 6 and torch.equal(plain[1], plain[2])
+    plain_groups, plain_rewards = train.sample_batch(args, actor, problems[:6])
+    assert len(plain_groups) == 6 and plain_rewards.shape == (6, 4)
 
     rewards = iter([0.0, 0.0, 0.0, 1.0] * 2 + [0.0] * 999)  # two groups differ, of the six that are wanted
     monkeypatch.setattr(train.tasks, "reward", lambda problem, text: next(rewards))
@@ -310,22 +314,26 @@ def test_dynamic_stops_when_it_has_enough_and_goes_on_behind_what_it_drew(tmp_pa
     monkeypatch.setattr(train, "train_step", lambda *args: asked.append(args[4]) or step(*args))
     run("--engine", "torch", "--out", tmp_path / "run", "--steps", 2, "--dynamic", "--max_tokens", 24)
     assert [r["problems"] for r in records(tmp_path / "run") if "reward" in r] == [12, 12]
-    assert asked[1] == node_run.take(train.tasks.load("countdown-tiny", "train"), 12, 24, 0)
+    assert asked[1] == node_run.take_problems(train.tasks.load("countdown-tiny", "train"), 12, 24, 0)
 
 
 def test_each_epoch_has_every_problem_once_in_an_order_of_its_own():
-    got = node_run.take(list("abcde"), 0, 15, seed=1)
+    got = node_run.take_problems(list("abcde"), 0, 15, seed=1)
     epochs = [got[i : i + 5] for i in (0, 5, 10)]
     assert all(sorted(e) == list("abcde") for e in epochs) and epochs[0] != epochs[1]
-    assert node_run.take(list("abcde"), 3, 7, seed=1) == got[3:10] != node_run.take(list("abcde"), 3, 7, seed=2)
+    assert (
+        node_run.take_problems(list("abcde"), 3, 7, seed=1)
+        == got[3:10]
+        != node_run.take_problems(list("abcde"), 3, 7, seed=2)
+    )
 
 
 def test_minibatches_are_the_same_whatever_the_credit(sampled, monkeypatch):
     seen, update = [], train.update
 
-    def note(*args):
-        seen.append(torch.cat(args[6]).tolist())
-        return update(*args)
+    def note(*args, **more):
+        seen.append(torch.cat(more["minibatches"]).tolist())
+        return update(*args, **more)
 
     monkeypatch.setattr(train, "update", note)
     for name in ("uniform", "random"):
@@ -339,10 +347,10 @@ def test_minibatches_are_the_same_whatever_the_credit(sampled, monkeypatch):
 def test_the_learning_rate_grows_and_the_split_is_measured_in_turn_across_a_resume(tmp_path, monkeypatch):
     rates, measured, step = [], [], train.train_step
 
-    def note(args, model, optimizer, actor, problems, heads, generator):
+    def note(args, model, optimizer, actor, problems, heads, generator, own_credit):
         rates.append(optimizer.param_groups[0]["lr"])
         measured.append(heads is None)
-        return step(args, model, optimizer, actor, problems, heads, generator)
+        return step(args, model, optimizer, actor, problems, heads, generator, own_credit)
 
     monkeypatch.setattr(train, "train_step", note)
     how = ["--engine", "torch", "--eval_problems", 2, "--max_tokens", 24, "--lr", 1, "--heads_every", 3]
@@ -409,7 +417,7 @@ def test_a_dry_run_says_the_plan_and_starts_nothing(tmp_path, monkeypatch, capsy
     run("--dry_run", "--out", tmp_path / "run")
     out = capsys.readouterr().out
     assert "1,443,744 weights" in out and "peak, asleep" in out and "4000 training problems" in out
-    assert "defaults for the embedded model: --task countdown-tiny --lr 0.0002" in out
+    assert "defaults for the tiny model: --task countdown-tiny --lr 0.0002" in out
     assert out.strip().endswith("nothing was started") and not (tmp_path / "run").exists()
     with pytest.raises(SystemExit, match="--group 1"):
         run("--dry_run", "--group", 1)
@@ -424,7 +432,7 @@ def test_the_dry_run_counts_the_longest_row_which_is_never_split(capsys):
 
 
 def test_a_generation_config_that_transformers_does_not_save_is_kept_as_it_came(tmp_path):
-    for file in Path(rollout.EMBEDDED).iterdir():
+    for file in Path(settings.TINY).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     came = json.loads((tmp_path / "generation_config.json").read_text()) | {"temperature": 0.6}  # without do_sample
     (tmp_path / "generation_config.json").write_text(json.dumps(came))
@@ -434,8 +442,8 @@ def test_a_generation_config_that_transformers_does_not_save_is_kept_as_it_came(
 
 
 def test_a_real_model_gets_the_papers_defaults_and_the_dry_run_says_so(tmp_path, capsys):
-    config = rollout.load_config("assets/tiny")
-    config.hidden_size, config.max_position_embeddings = 64, 4096  # no longer the embedded model
+    config = settings.load_config("assets/tiny")
+    config.hidden_size, config.max_position_embeddings = 64, 4096  # no longer the tiny model
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained("assets/tiny").save_pretrained(tmp_path)
     flags = ["--model", str(tmp_path), "--task", "countdown-tiny", "--dry_run", "--prompts", "8"]
@@ -447,7 +455,7 @@ def test_a_real_model_gets_the_papers_defaults_and_the_dry_run_says_so(tmp_path,
 
 
 def test_problems_that_are_too_long_are_left_out_and_counted(capsys, monkeypatch):
-    tokenizer, load = rollout.load_tokenizer("assets/tiny", 512), train.tasks.load
+    tokenizer, load = settings.load_tokenizer("assets/tiny", 512), train.tasks.load
 
     def with_long_ones(name, split, *args, **more):
         problems = load(name, split, *args, **more)
@@ -471,7 +479,7 @@ def test_a_wrong_credit_lists_the_choices(capsys):
 def test_the_torch_sampler_is_for_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="--engine torch samples with the trainer's own weights"):
-        prepare.check(tiny_args(engine="torch"))
+        prepare.check_args(tiny_args(engine="torch"))
 
 
 def test_a_second_run_never_writes_into_the_first(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 
 import grpo
 from lab import alignment, truth, truth_tables
-from rollout import load_model
+from node.settings import load_model
 
 
 def batch(rows=6, n=40):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from transformers import HfArgumentParser
 
-import rollout
 from lab import analyze, linkage, report
+from node import settings
 
 
 def run(*argv):
@@ -140,7 +140,7 @@ def test_bad_arguments_are_one_line(argv, message, monkeypatch):
 
 
 def test_responses_too_short_to_say_anything(tmp_path):
-    model, tokenizer = rollout.load_model("assets/tiny")
+    model, tokenizer = settings.load_model("assets/tiny")
     model.generation_config.eos_token_id = list(range(len(tokenizer)))  # whatever it writes ends it
     model.save_pretrained(tmp_path / "mute")
     tokenizer.save_pretrained(tmp_path / "mute")

@@ -10,7 +10,7 @@ from transformers import HfArgumentParser
 import train
 from lab import experiment, variants
 from node import prepare
-from rollout import EMBEDDED, fill_defaults
+from node.settings import TINY, fill_defaults
 
 
 def write(folder, arm, seed, curve):
@@ -48,7 +48,7 @@ def test_every_arm_is_a_run_that_could_start_and_differs_in_gamma_alone():
         plain = parser.parse_args_into_dataclasses(shared.split())
         for arm, flags in arms.items():
             both = parser.parse_args_into_dataclasses([*shared.split(), *flags])
-            prepare.check(fill_defaults(both[1], train.DEFAULTS, EMBEDDED)[0])
+            prepare.check_args(fill_defaults(both[1], train.DEFAULTS, TINY)[0])
             changed = {
                 name for a, b in zip(both, plain) for name, value in vars(a).items() if value != getattr(b, name)
             }

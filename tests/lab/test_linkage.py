@@ -8,7 +8,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import metrics
-from heads import attention_maps, head_spans, middle_layers, record, split_heads
+from attention import attention_maps, recording
+from heads import head_spans, middle_layers, split_heads
 from lab import linkage
 
 
@@ -155,7 +156,7 @@ def looked():
 def test_maps_equal_transformers_and_per_head_signals_equal_the_definitions(looked):
     model, ids, mask = looked
     layers = middle_layers(6)
-    with torch.no_grad(), record(model, layers) as recorded:
+    with torch.no_grad(), recording(model, layers) as recorded:
         model(ids)
     maps = torch.cat([attention_maps(recorded[layer]) for layer in layers], 1)  # [B,heads,N,N]
     model.set_attn_implementation("eager")

@@ -10,12 +10,13 @@ import rollout
 import tasks
 from heads import middle_layers
 from lab import linkage, perturb
+from node import settings
 from tasks import countdown
 
 
 @pytest.fixture(scope="module")
 def sampled():
-    model, tokenizer = rollout.load_model("assets/tiny")
+    model, tokenizer = settings.load_model("assets/tiny")
     torch.manual_seed(0)
     actor = rollout.TorchActor(model, tokenizer)
     problems = tasks.load("countdown-tiny", "test", 6)

@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 
+import attention
 import heads
 import metrics
 from lab import families, linkage, sinks
-from rollout import load_model
+from node.settings import load_model
 from tests.lab.test_alignment import batch
 
 
@@ -23,11 +24,11 @@ def layer(window=None):
     if window:
         back = torch.arange(60)[:, None] - torch.arange(60)
         visible = ((back >= 0) & (back < window))[None, None]
-    found = heads.Recorded(q, k, 0.25, heads.fused_attention(q, k, k, 0.25, visible)[1], visible)
+    found = attention.Recorded(q, k, 0.25, attention.fused_attention(q, k, k, 0.25, visible)[1], visible)
     scores = (q @ k.repeat_interleave(2, 1).mT * 0.25).double()
     seen = torch.ones(60, 60, dtype=torch.bool).tril() if visible is None else visible
     without = scores.masked_fill(~seen, -torch.inf)[:, :, 1:, 1:].softmax(-1).float()
-    return found, heads.attention_maps(found), without
+    return found, attention.attention_maps(found), without
 
 
 @pytest.mark.parametrize("window", [None, 20])
@@ -37,7 +38,7 @@ def test_without_the_first_token_rows_are_the_others_renormalised(window):
     torch.testing.assert_close(share, maps[..., 0], rtol=1e-4, atol=1e-6)
     assert window or share[:, 2:, 1:].mean() > 0.9 > 0.3 > share[:, :2, 1:].mean()
     other = sinks.without_first(found)
-    torch.testing.assert_close(heads.attention_maps(other), want, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(attention.attention_maps(other), want, rtol=1e-3, atol=1e-5)
     clear = share[:, :, 1:] < 0.9  # else the difference has no digits left
     torch.testing.assert_close(other.lse[clear], (found.lse + torch.log1p(-share))[:, :, 1:][clear], rtol=0, atol=1e-4)
 
@@ -47,9 +48,9 @@ def test_signals_without_it_are_those_of_such_maps():
     input_ids, mask, _ = batch(rows=4, n=60)
     layers = [4, 6]
     looks = linkage.per_head(model, input_ids, mask, layers, horizon=(5, 20), drop_first=True)
-    with torch.no_grad(), heads.record(model, layers) as recorded:
+    with torch.no_grad(), attention.recording(model, layers) as recorded:
         model(input_ids)
-    maps = torch.cat([heads.attention_maps(recorded[i]) for i in layers], 1)  # [B,8,N,N]
+    maps = torch.cat([attention.attention_maps(recorded[i]) for i in layers], 1)  # [B,8,N,N]
     without = torch.zeros_like(maps)
     without[:, :, 1:, 1:] = maps[:, :, 1:, 1:] / (1 - maps[:, :, 1:, :1])
     waad, fai = (

@@ -15,7 +15,7 @@ import rollout
 import tasks
 from lab import smollm, tiny
 from node import precision
-from rollout import load_model
+from node.settings import load_model
 from tasks import countdown
 
 
@@ -52,7 +52,7 @@ def bfloat16_shows_what_float32_shows(model, tokenizer):
     mask = (torch.arange(ids.shape[1]) >= 12)[None]
     exact = metrics.observe(model, ids, mask)
     for heads in (exact.heads, None):
-        with precision.passes("bfloat16", "cpu"):
+        with precision.autocast("bfloat16", "cpu"):
             got = metrics.observe(model, ids, mask, heads)
         ranks = [stats.spearmanr(a[mask], b[mask]).statistic for a, b in zip(exact[:4], got[:4])]
         print("rank correlation of log-probs, entropy, WAAD, FAI:", *(f"{r:.4f}" for r in ranks))

@@ -24,7 +24,8 @@ import tasks
 from grpo import group_advantages, shape_advantages, token_logprobs, update
 from lab import step, step_page
 from metrics import observe
-from rollout import EMBEDDED, Rollout, load_model, pad_batch
+from node.settings import TINY, load_model
+from rollout import Rollout, pad_batch
 
 FIGURES = Path(__file__).parents[2] / "lab" / "figures"
 HOSTILE = ["</script><script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "<!--", "\x00\x1b[2J", "'&amp;",
@@ -64,7 +65,7 @@ def column(found, name):
 @pytest.mark.parametrize("which", ["made now", "committed"])
 def test_the_numbers_of_the_page_are_those_of_the_functions(made, which):
     found = numbers(made[0] if which == "made now" else (FIGURES / "step.html").read_text())
-    model, tokenizer = load_model(EMBEDDED, "cpu")
+    model, tokenizer = load_model(TINY, "cpu")
     input_ids, mask = batch_of(found)
     signals, b = observe(model, input_ids, mask), found["followed"]
     at = mask[b]
@@ -106,7 +107,7 @@ def test_the_numbers_of_the_page_are_those_of_the_functions(made, which):
 
 def test_the_update_of_the_page_is_that_of_the_functions(made):
     found, args = numbers(made[0]), made[3][2]
-    trained = copy.deepcopy(load_model(EMBEDDED, "cpu")[0])
+    trained = copy.deepcopy(load_model(TINY, "cpu")[0])
     input_ids, mask = batch_of(found)
     old, b = observe(trained, input_ids, mask).logprobs, found["followed"]
     gamma = made[3][0].gamma["coupled"]
@@ -246,7 +247,7 @@ def test_the_maps_are_those_of_the_two_extreme_heads(made):
 
 def test_a_group_of_equal_rewards_teaches_nothing_and_is_shown_all_the_same(made, monkeypatch):
     monkeypatch.setattr(tasks, "reward", lambda problem, text: 0.0)
-    model, tokenizer = load_model(EMBEDDED, "cpu")
+    model, tokenizer = load_model(TINY, "cpu")
     torch.manual_seed(0)
     args = replace(made[3][2], max_tokens=8, group=2)
     found = step.described(

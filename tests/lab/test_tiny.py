@@ -8,7 +8,8 @@ import torch
 import metrics
 import tasks
 from lab import tiny
-from rollout import Rollout, TorchActor, load_model, pad_batch
+from node.settings import load_model
+from rollout import Rollout, TorchActor, pad_batch
 from tasks import countdown
 
 

@@ -8,7 +8,8 @@ from transformers import AutoTokenizer
 
 from lab import wording
 from lab.truth_tables import Bootstrap
-from rollout import EMBEDDED, Rollout, pad_batch
+from node.settings import TINY
+from rollout import Rollout, pad_batch
 
 LINES = (
     "What| about| |1|4| -| |7| =| |7|,| then| |1|3| +| |7| =| |2|0|?| That| gives| |2|0|,| not| |8|5|.|\n|"
@@ -29,11 +30,11 @@ def test_kinds_of_a_trace():
 
 
 def test_marks_lie_on_the_responses_own_tokens():
-    tok = AutoTokenizer.from_pretrained(EMBEDDED)
+    tok = AutoTokenizer.from_pretrained(TINY)
     texts = (("3>", "y7-"), ("3", " n7=7"))
     rollouts = [Rollout(*(tok(text).input_ids for text in pair), [], "", False) for pair in texts]
-    _, mask, _ = pad_batch([r._replace(logprobs=[0.0] * len(r.ids)) for r in rollouts])
-    content, words = wording.marked(tok, rollouts, mask)
+    input_ids, mask, _ = pad_batch([r._replace(logprobs=[0.0] * len(r.ids)) for r in rollouts])
+    content, words = wording.marked(tok, input_ids, mask)
     assert content.nonzero().tolist() == [[0, 3], [0, 4], [1, 3]]
     assert words.nonzero().tolist() == [[0, 2], [1, 2]]
 

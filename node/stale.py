@@ -12,34 +12,36 @@ from torch import Tensor
 from node import ranks
 
 
-def first_difference(actor_infer, model, generator: torch.Generator, count: int = 8) -> str | None:
+def find_stale_weight(sampler, model, generator: torch.Generator, count: int = 8) -> str | None:
     """The name of a weight that vLLM does not hold as the trainer does, or None.
 
     Looks at the output head and at count - 1 other tensors of vLLM's, drawn anew each time, and at 64 columns of each
     that is a matrix. Exact: the trainer's numbers are cast to vLLM's type, as vLLM does. All ranks must call, with
     equal generators. An actor without vLLM samples the trainer's own weights.
     """
-    if not hasattr(actor_infer, "llm"):
+    if not hasattr(sampler, "llm"):
         return None
     weights = dict(model.named_parameters()) | {"lm_head.weight": model.get_output_embeddings().weight}
-    pairs, found = comparable(actor_infer, weights), None
+    pairs, found = comparable_weights(sampler, weights), None
     if not pairs:
-        ranks.fail(f"vLLM names no weight of {type(model).__name__} as the trainer does: a reload could not be checked")
-    for name, parts in _drawn(pairs, generator, count):
-        want = torch.cat([ranks.whole(weights[part]) for part in parts])
+        ranks.exit_with_error(
+            f"vLLM names no weight of {type(model).__name__} as the trainer does: a reload could not be checked"
+        )
+    for name, parts in _draw_pairs(pairs, generator, count):
+        want = torch.cat([ranks.gather_weight(weights[part]) for part in parts])
         columns = None
         if want.ndim == 2:
             columns = torch.randperm(want.shape[1], generator=generator)[:64].to(want.device)
             want = want[:, columns]
-        held = actor_infer.llm.apply_model(partial(_held, name=name, columns=columns))[0]
+        held = sampler.llm.apply_model(partial(_read_weight, name=name, columns=columns))[0]
         if not torch.equal(held[: len(want)], want.to(held.dtype)):  # vLLM pads the vocabulary
             found = found or name  # the other ranks go on to the next weight, so this one does
     return found
 
 
-def comparable(actor_infer, weights: dict[str, Tensor]) -> list[tuple[str, list[str]]]:
+def comparable_weights(sampler, weights: dict[str, Tensor]) -> list[tuple[str, list[str]]]:
     """vLLM's weights by name, each with the trainer's names of its parts; the output head first."""
-    names, packed = actor_infer.llm.apply_model(_names)[0]
+    names, packed = sampler.llm.apply_model(_names)[0]
     pairs = []
     for name in names:
         module, kind = name.rpartition(".")[::2]
@@ -50,7 +52,7 @@ def comparable(actor_infer, weights: dict[str, Tensor]) -> list[tuple[str, list[
     return sorted(pairs, key=lambda pair: pair[0] != "lm_head.weight")
 
 
-def _drawn(pairs: list, generator: torch.Generator, count: int) -> list:
+def _draw_pairs(pairs: list, generator: torch.Generator, count: int) -> list:
     """The first and count - 1 of the others."""
     others = torch.randperm(len(pairs) - 1, generator=generator)[: count - 1] + 1
     return [pairs[i] for i in (0, *others.tolist())]
@@ -64,7 +66,7 @@ def _names(model) -> tuple[list[str], dict[str, list[str]]]:
     return names, getattr(model, "packed_modules_mapping", {})
 
 
-def _held(model, name: str, columns: Tensor | None) -> Tensor:
+def _read_weight(model, name: str, columns: Tensor | None) -> Tensor:
     """Within vLLM: its weight of this name, of a matrix those columns.
 
     A layer's matrix is read as what the layer makes of unit vectors, since some kernels keep it packed. Exact, for it

@@ -1,0 +1,73 @@
+"""Models by name: loading them, and the default arguments that depend on which model it is."""
+
+import argparse
+import os
+from dataclasses import replace
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+TINY = "assets/tiny"  # the tiny model, which comes with the code
+TINY_SHAPE = {"vocab_size": 30, "hidden_size": 96, "num_hidden_layers": 12}
+
+
+def load_config(name: str):
+    """The transformers config of a folder or hub name. ValueError, in one line, when it holds no model."""
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as e:
+        where = "" if os.path.isdir(name) else " (no such folder here, so it was looked up on the hub)"
+        raise ValueError(f"cannot load a model from {name!r}{where}: {str(e).splitlines()[0]}") from e
+
+
+def load_model(name: str, device: str | None = None):
+    """The transformers model (float32; default: on the GPU if there is one) and tokenizer of a folder or hub name."""
+    load_config(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device), AutoTokenizer.from_pretrained(name)
+
+
+def check_length(name: str, config, tokens: int, argument: str) -> None:
+    """ValueError that names the argument if the model reads fewer than so many tokens."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", tokens)
+    if tokens > longest:
+        raise ValueError(f"{argument}: that takes {tokens} tokens, and {name} reads {longest} tokens at most")
+
+
+def load_tokenizer(name: str, max_model_len: int):
+    """The tokenizer of a folder or hub name; ValueError if there is no model or it reads too little."""
+    check_length(name, load_config(name), max_model_len, f"--max_model_len {max_model_len}")
+    return AutoTokenizer.from_pretrained(name)
+
+
+def is_tiny(name: str) -> bool:
+    """Whether a checkpoint is the tiny model, or has its shape because it was trained from it."""
+    config = load_config(name).get_text_config()
+    return all(getattr(config, field, None) == size for field, size in TINY_SHAPE.items())
+
+
+def fill_defaults(args, defaults: dict[str, tuple], *models: str):
+    """The dataclass args, each of its fields that is None and in `defaults` filled in, and a line that says with what.
+
+    defaults gives for a field the value for the tiny model, then the one for any other model.
+    """
+    tiny = all(is_tiny(name) for name in models)
+    left_open = {name: pair for name, pair in defaults.items() if getattr(args, name) is None}
+    filled = {name: pair[0] if tiny else pair[1] for name, pair in left_open.items()}
+    kind = "the tiny model" if tiny else "a real model"
+    listed = " ".join(f"--{name} {value}" for name, value in filled.items())
+    return replace(args, **filled), f"defaults for {kind}: {listed or 'none was needed'}"
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """--help that adds "(default: ...)" to an option, unless its own text already says what None stands for."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def parse_args(*arguments: type):
+    """The command line as instances of these dataclasses: one instance for one class, else a tuple of them."""
+    parsed = HfArgumentParser(arguments, formatter_class=HelpFormatter).parse_args_into_dataclasses()
+    return parsed[0] if len(arguments) == 1 else parsed
