@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with attention-guided credit. To copy: this class and the four files of the algorithm.
+"""TRL's GRPOTrainer with attention-guided credit. To copy: this file and the five files of the algorithm.
 
     RhythmGRPOTrainer(model=..., reward_funcs=..., args=..., train_dataset=..., credit="coupled", q=0.4, amp=1.5)
     python -m examples.trl_rhythm                      the tiny model learns Countdown in some minutes

@@ -1,7 +1,17 @@
-"""Long runs on real machines: what train.py needs and the algorithm does not.
+"""The machine under a long run: what train.py and eval.py need, and the algorithm does not.
 
-ranks (several processes), run (folder, log, order of problems, stopping), prepare (arguments, data and model, checked
-before anything long), checkpoint (loading, saving and resuming in shares), reload (has the sampler the trainer's
-weights?), memory (by formula), check (is this machine ready?), replay (given rollouts on any number of ranks), output
-(files and tables), paper.sh (the paper's settings). Imports the modules at the top and tasks/.
+    settings      models by name; default arguments that depend on the model; the command line
+    prepare       arguments, data and model, checked before anything long starts; the plan of --dry_run
+    ranks         several processes: shares, exchange of results, FSDP2
+    precision     the type that passes compute in
+    run           one run: its folder, its log, the order of problems; when it saves, evaluates and stops
+    checkpoint    loading, saving and resuming in shares
+    stale         does the sampler have the trainer's weights?
+    memory        how much memory training takes, by formula
+    check         is this machine ready?
+    replay        training steps on given rollouts, on any number of ranks
+    output        files, tables, intervals
+    paper.sh      the paper's settings
+
+May import the algorithm, rollout.py and tasks/. Never train.py, eval.py or lab/; what needs train.py is handed it.
 """

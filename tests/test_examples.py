@@ -183,7 +183,7 @@ print(*{name.split(".")[0] for name in sys.modules})
 """
 
 
-def test_the_readmes_step_runs_in_a_folder_with_the_four_files(tmp_path):
+def test_the_readmes_step_runs_in_a_folder_with_the_five_files(tmp_path):
     (step,) = re.findall(r"```python\n(.*?)```", (ROOT / "examples" / "README.md").read_text(), re.DOTALL)
     name, tokens = '"Qwen/Qwen3-0.6B"', "max_new_tokens=256"
     assert name in step and tokens in step
@@ -194,7 +194,7 @@ def test_the_readmes_step_runs_in_a_folder_with_the_four_files(tmp_path):
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
     step = step.replace(name, repr(str(tmp_path / "model"))).replace(tokens, "max_new_tokens=24")
-    for module in ("heads", "metrics", "credit", "grpo"):
+    for module in ("attention", "heads", "metrics", "credit", "grpo"):
         (tmp_path / f"{module}.py").write_text((ROOT / f"{module}.py").read_text())
     (tmp_path / "own.py").write_text(step + OWN_STEP)
     done = subprocess.run([sys.executable, "own.py"], cwd=tmp_path, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What imports what: the algorithm stands alone, the reference loads nothing that it does not need, lab is a leaf."""
+"""What imports what: the algorithm stands alone, arrows run one way, import train stays light, five files can be copied."""
 
 import ast
 import subprocess
@@ -7,30 +7,63 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [p for p in ROOT.rglob("*.py") if not {".venv", "runs", "tests"} & set(p.relative_to(ROOT).parts)]
+ALGORITHM = ("attention", "heads", "metrics", "credit", "grpo")
+LOOP = ("rollout", "train", "eval")
 
 
-def imported(path):
-    """(module, whether at the top of the file) of each import."""
+def list_imports(path: Path) -> list[str]:
+    """The modules that a file imports anywhere but under `if __name__ == "__main__"`."""
     tree = ast.parse(path.read_text())
+    as_program = [node for node in tree.body if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)]
+    skipped = {inner for node in as_program for inner in ast.walk(node)}
+    names = []
     for node in ast.walk(tree):
+        if node in skipped:
+            continue
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node in tree.body) for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            yield node.module, node in tree.body
+            names.append(node.module)
+    return names
+
+
+def imports_of(folder: str) -> set[tuple[str, str]]:
+    """(file, the first part of what it imports) of the files of a folder."""
+    files = [p for p in SOURCES if p.relative_to(ROOT).parts[0] == folder]
+    assert files
+    return {(p.name, name.split(".")[0]) for p in files for name in list_imports(p)}
+
+
+def test_the_top_holds_the_algorithm_and_the_loop():
+    assert {p.stem for p in ROOT.glob("*.py")} == {*ALGORITHM, *LOOP}
+
+
+def test_the_algorithm_imports_torch_transformers_and_itself():
+    ours = {p.stem for p in SOURCES} | {"node", "tasks", "lab", "examples"}
+    for name in ALGORITHM:
+        imported = {module.split(".")[0] for module in list_imports(ROOT / f"{name}.py")}
+        assert imported & ours <= set(ALGORITHM), name
+        assert imported - ours - set(sys.stdlib_module_names) <= {"torch", "transformers"}, name
+
+
+def test_each_file_of_the_algorithm_knows_only_what_lies_before_it():
+    may_know = {"attention": set(), "heads": set(), "credit": set(), "grpo": set(),
+                "metrics": {"attention", "heads", "grpo"}}  # fmt: skip
+    for name, known in may_know.items():
+        assert set(list_imports(ROOT / f"{name}.py")) & set(ALGORITHM) <= known, name
+
+
+def test_arrows_never_run_upwards():
+    """node/ imports neither the loop's ends nor the laboratory; tasks/ imports nothing of ours but itself."""
+    assert not {(file, name) for file, name in imports_of("node") if name in ("train", "eval", "lab", "examples")}
+    ours = {*ALGORITHM, *LOOP, "node", "lab", "examples"}
+    assert not {(file, name) for file, name in imports_of("tasks") if name in ours}
 
 
 def test_the_laboratory_is_not_in_the_reference():
     outside = [p for p in SOURCES if p.relative_to(ROOT).parts[0] not in ("lab", "examples")]
     reserved = ("lab", "examples", "scipy", "trl", "peft", "accelerate")
-    found = {(p.name, name, top) for p in outside for name, top in imported(p) if name.split(".")[0] in reserved}
-    assert not found
-
-
-def test_the_reference_is_seven_modules_that_can_be_read_in_an_afternoon():
-    top = {p.stem: len(p.read_text().splitlines()) for p in ROOT.glob("*.py")}
-    assert set(top) == {"heads", "metrics", "credit", "grpo", "rollout", "train", "eval"}
-    assert sum(top.values()) <= 1700 and top["train"] <= 300
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    assert not {(p.name, name) for p in outside for name in list_imports(p) if name.split(".")[0] in reserved}
 
 
 def test_import_train_loads_nothing_it_does_not_need():
@@ -57,11 +90,9 @@ print(*sorted(name for name in sys.modules if "." not in name and getattr(sys.mo
 """
 
 
-def test_four_files_in_an_empty_folder_work_with_torch_and_transformers_alone(tmp_path):
-    for name in ("heads", "metrics", "credit", "grpo"):
+def test_five_files_in_an_empty_folder_work_with_torch_and_transformers_alone(tmp_path):
+    for name in ALGORITHM:
         (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
-        ours = {n for n, _ in imported(ROOT / f"{name}.py")} & {p.stem for p in SOURCES}
-        assert ours <= {"heads", "metrics", "credit", "grpo"}
     (tmp_path / "own.py").write_text(COPIED)
     done = subprocess.run([sys.executable, "own.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
