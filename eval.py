@@ -1,4 +1,4 @@
-"""Success on held-out problems: greedy pass@1, sampled avg@k and pass@j, by the trainer's own sampler and verifier.
+"""Success on held-out problems: greedy pass@1, sampled avg@k and pass@j, with the trainer's sampler and verifier.
 
 python eval.py --model runs/countdown-tiny-coupled-1/checkpoint-40
 python eval.py --model A B --task aime24 math500 --samples 16 --out results.json
@@ -23,7 +23,7 @@ from node.output import markdown, mean_interval, write_whole
 from node.settings import TINY, fill_defaults, load_tokenizer, parse_args
 from rollout import chat_prompts, encode, start_actor
 
-DEFAULTS = {  # of arguments that are not given: for the tiny model and what is trained from it; for any other model
+DEFAULTS = {  # of arguments that are not given: for the tiny model and what was trained from it; for any other model
     "task": (["countdown-tiny"], ["countdown4"]),
     "max_tokens": (128, 1024),
     "max_model_len": (512, 2048),
@@ -41,13 +41,15 @@ class Args:
         help=f"One or several of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the tiny model, countdown4 "
         "for any other).",
     )
-    data: str | None = HfArg(default=None, help="File with the problems of the task (of one task only).")
+    data: str | None = HfArg(
+        default=None, help="Local file to read in place of the task's dataset; allowed with one task only."
+    )
     problems: int | None = HfArg(default=None, help="Held-out problems (default: each task's own number).")
     samples: int | None = HfArg(
         default=None, help="Sampled responses to each problem (default: each task's own number)."
     )
-    temperature: float = HfArg(default=1.0, help="Of the sampled responses.")
-    chat: bool = HfArg(default=False, help="Put each prompt into the model's chat template (default: plain text).")
+    temperature: float = HfArg(default=1.0, help="Temperature of the sampled responses.")
+    chat: bool = HfArg(default=False, help="Put each prompt into the model's chat template.")
     max_tokens: int | None = HfArg(
         default=None, help="Longest response (default: 128 for the tiny model, 1024 for any other)."
     )
@@ -58,10 +60,13 @@ class Args:
         default=None,
         help="GiB of vLLM's cache, which must hold one sequence (default: 0.5 for the tiny model, 8 for any other).",
     )
-    engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler.")
+    engine: Literal["vllm", "torch"] = HfArg(
+        default="vllm", help="The sampler; torch is transformers' generate, for machines without vLLM."
+    )
     seed: int = HfArg(default=0, help="Seed of the problems and the sampling.")
     out: str | None = HfArg(
-        default=None, help="JSON file for the scores and every response; what it already has is not done again."
+        default=None,
+        help="JSON file for the scores and all responses; results that it already holds are not computed again.",
     )
 
 
@@ -76,9 +81,9 @@ def evaluate(
 
 
 def pass_at(j: int, rewards: Tensor) -> Tensor:
-    """Chance that at least one of j responses is right, unbiased: 1 - C(n-c, j) / C(n, j) (Chen et al. 2021).
+    """Unbiased estimate of the chance that at least one of j responses is right (Chen et al. 2021).
 
-    rewards [P,n], c of each row's n are 1 and the others 0; 1 <= j <= n. Returns [P].
+    1 - C(n-c, j) / C(n, j), where c of the n rewards of a problem are 1. rewards [P,n]; 1 <= j <= n. Returns [P].
 
     >>> pass_at(2, torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
     tensor([0.5000, 0.0000])
@@ -97,7 +102,7 @@ def sizes(k: int) -> list[int]:
 
 
 def measure(actor, problems: list[tasks.Problem], k: int, max_tokens: int, temperature: float, chat: bool) -> dict:
-    """Scores with their half-widths, the shares of truncated responses, and every response, to audit the scores by."""
+    """Scores with the half-widths of their intervals, shares of truncated responses, and all responses."""
     greedy, first = evaluate(actor, problems, 1, max_tokens, 0.0, chat)
     sampled, rewards = evaluate(actor, problems, k, max_tokens, temperature, chat)
     per_problem = {"greedy pass@1": first[:, 0], f"avg@{k}": rewards.mean(1)}
@@ -117,7 +122,7 @@ def measure(actor, problems: list[tasks.Problem], k: int, max_tokens: int, tempe
 
 
 def percent(score: dict[str, float]) -> str:
-    """A score as the table shows it.
+    """A score in per cent, as the table shows it.
 
     >>> percent({"mean": 0.25, "half_width_95": 0.0375})
     '25.0 ± 3.8'
@@ -126,7 +131,7 @@ def percent(score: dict[str, float]) -> str:
 
 
 def table(results: list[dict]) -> str:
-    """Markdown, in per cent: checkpoints down, benchmarks across, each with greedy pass@1 and avg@k."""
+    """A Markdown table in per cent: a row for each checkpoint, greedy pass@1 and avg@k of each benchmark."""
     columns = dict.fromkeys((r["task"], name) for r in results for name in ("greedy pass@1", f"avg@{r['k']}"))
     rows = [["model", *(f"{task} {name}" for task, name in columns)]]
     for model in dict.fromkeys(r["model"] for r in results):
@@ -136,14 +141,14 @@ def table(results: list[dict]) -> str:
 
 
 def line(result: dict) -> str:
-    """All scores of one result."""
+    """All scores of one result, in one line."""
     scores = ", ".join(f"{name} {percent(score)}" for name, score in result["scores"].items())
     cut = 100 * result["truncated"]["sampled"]
     return f"{result['model']}, {result['problems']} of {result['task']}: {scores} % (truncated: {cut:.1f} %)"
 
 
 def plan(args: Args) -> list[tuple[dict, list[tasks.Problem]]]:
-    """What to do: (settings, problems) of each checkpoint and benchmark. ValueError or OSError for what cannot work."""
+    """What to evaluate: (settings, problems) of each checkpoint and benchmark. ValueError for what cannot work."""
     for name in ("samples", "max_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be 1 or more")
@@ -171,7 +176,7 @@ def plan(args: Args) -> list[tuple[dict, list[tasks.Problem]]]:
 
 
 def read(out: Path) -> list[dict]:
-    """The results that the file has so far. ValueError when it holds something else."""
+    """The results that the file holds so far. ValueError if it holds something else."""
     if out.suffix != ".json":
         raise ValueError(f"--out {out}: must end in .json (the table goes into a .md beside it)")
     try:
@@ -180,11 +185,11 @@ def read(out: Path) -> list[dict]:
             return results
         raise ValueError("not a list of results")
     except (ValueError, TypeError, KeyError) as e:
-        raise ValueError(f"--out {out} is there and holds no results of eval.py: give another") from e
+        raise ValueError(f"--out {out} exists and is not a result file of eval.py: give another name") from e
 
 
 def write(out: Path, args: Args, results: list[dict]) -> None:
-    """All results so far."""
+    """Write all results so far."""
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, json.dumps({"args": asdict(args), "results": results}, indent=1))
 
@@ -219,7 +224,7 @@ def main(args: Args) -> None:
             sys.exit(f"error: {e}")
         with closing(actor):
             for settings, problems in todo:
-                set_seed(args.seed)  # here, so that no score depends on what was done before it
+                set_seed(args.seed)  # here, so that no score depends on what was evaluated before it
                 found = measure(actor, problems, settings["k"], args.max_tokens, args.temperature, args.chat)
                 results.append(settings | found)
                 if out:

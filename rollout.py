@@ -1,7 +1,8 @@
-"""actor_infer: the sampler. VLLMActor is the real one; TorchActor does the same where vLLM is not installed.
+"""The sampler (the paper's actor_infer): VLLMActor, and TorchActor for machines without vLLM. One interface.
 
-Both sample the model's own distribution (temperature 1 unless told, no top-p, no top-k) and return each token's
-log-probability under it, so that the trainer can measure at every step how far apart sampler and trainer are.
+Both sample the model's own distribution: temperature 1 unless another is given, no top-p, no top-k. They also return
+the log-probability of each sampled token, so that the trainer can measure at every step how far sampler and trainer
+differ.
 """
 
 import gc
@@ -19,10 +20,10 @@ from node.settings import load_config, load_model
 
 
 class Rollout(NamedTuple):
-    """One response. Token numbers of prompt and response (its end-of-text token included when it got there)."""
+    """One response. ids includes the end-of-text token, if the response got there."""
 
-    prompt_ids: list[int]
-    ids: list[int]
+    prompt_ids: list[int]  # token numbers of the prompt
+    ids: list[int]  # token numbers of the response
     logprobs: list[float]  # of ids, under the sampler's weights and temperature
     text: str  # the response, special tokens left out
     truncated: bool  # hit max_tokens before it ended
@@ -39,7 +40,7 @@ def start_actor(
     sleep_mode: bool = False,
     dtype: str = "auto",
 ):
-    """The actor for --engine: vllm loads the checkpoint itself, torch samples the given model (or loads it)."""
+    """The sampler for --engine. vllm loads the checkpoint itself; torch samples the given model, or loads it."""
     if engine == "vllm":
         return VLLMActor(name, max_model_len, seed, kv_cache_gib, sleep_mode, dtype)
     if model is None:
@@ -48,7 +49,10 @@ def start_actor(
 
 
 def encode(tokenizer, prompts: list[str] | list[list[int]], max_tokens: int, max_model_len: int) -> list[list[int]]:
-    """Token numbers of each prompt, given as text or already so; ValueError for one that is empty or leaves no room."""
+    """Token numbers of each prompt. ValueError for a prompt that is empty, or too long for max_model_len.
+
+    prompts: texts, or token numbers already.
+    """
     encoded = tokenizer(prompts).input_ids if prompts and isinstance(prompts[0], str) else prompts
     for prompt, ids in zip(prompts, encoded):
         if not ids or len(ids) + max_tokens > max_model_len:
@@ -60,7 +64,7 @@ def encode(tokenizer, prompts: list[str] | list[list[int]], max_tokens: int, max
 
 
 def chat_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
-    """Token numbers of each prompt as a user's message to which the model is to reply, by its own chat template."""
+    """Token numbers of each prompt, as a user's message in the model's own chat template."""
     if not tokenizer.chat_template:
         raise ValueError(f"{tokenizer.name_or_path} has no chat template: leave --chat away")
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
@@ -68,10 +72,12 @@ def chat_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
 
 
 class VLLMActor:
-    """vLLM inside this process, so that reload() can hand the trainer's tensors over without a copy through disk.
+    """vLLM inside this process, so that reload() can hand over the trainer's tensors without a copy through disk.
 
-    kv_cache_gib is given outright: vLLM's default share of memory does not know what training needs. dtype: --dtype.
-    sleep_mode lets it leave a GPU to the trainer between calls; vLLM allows one such engine in a process.
+    kv_cache_gib: the size of the KV cache. It is set explicitly, because vLLM's default would take the memory that
+        training needs.
+    sleep_mode: free the GPU for the trainer between calls. vLLM allows one such engine in a process.
+    dtype: --dtype.
     """
 
     def __init__(
@@ -84,7 +90,7 @@ class VLLMActor:
         dtype: str = "auto",
     ):
         dtype = precision.choose_dtype(dtype, load_config(path))  # a missing model is named here, in one line
-        # Read by vLLM when it is imported and when it starts, so they come first; what the user has set stays.
+        # vLLM reads these when it is imported and when it starts. What the user has set stays.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -98,7 +104,7 @@ class VLLMActor:
         options = {}
         if ranks.world_size() > 1:  # each rank has an engine of its own
             options |= dict(distributed_executor_backend="external_launcher", tensor_parallel_size=1)
-        if on_gpu:  # the share of memory is only asked to be free at the start: the cache's size is given outright
+        if on_gpu:  # gpu_memory_utilization is only a start-up check here: the cache's size is set below
             options |= dict(enable_sleep_mode=sleep_mode, gpu_memory_utilization=0.05)
         self.llm = LLM(
             str(path),
@@ -114,11 +120,11 @@ class VLLMActor:
             **options,
         )
         reloading = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
-        if not reloading.handlers:  # that weights were not loaded is to be heard at any level; vLLM's own setup is done
+        if not reloading.handlers:  # show vLLM's warning about weights that were not loaded, whatever the log level
             reloading.addHandler(logging.StreamHandler())
             reloading.setLevel(logging.WARNING)
         if on_gpu:
-            torch.set_num_threads(threads)  # vLLM leaves one to the process
+            torch.set_num_threads(threads)  # vLLM has set it to one
         self.tokenizer = self.llm.get_tokenizer()
 
     def generate(
@@ -129,10 +135,7 @@ class VLLMActor:
         temperature: float = 1.0,
         progress: bool = False,
     ) -> list[list[Rollout]]:
-        """n responses to each prompt (text, or token numbers), all in one call; temperature 0 is greedy.
-
-        Returns [len(prompts)][n].
-        """
+        """n responses to each prompt (text or token numbers), as [len(prompts)][n]. Temperature 0 is greedy."""
         from vllm import SamplingParams, TokensPrompt
 
         encoded = encode(self.tokenizer, prompts, max_tokens, self.max_model_len)
@@ -150,15 +153,15 @@ class VLLMActor:
         return Rollout(prompt_ids, ids, logprobs, text, output.finish_reason == "length")
 
     def sleep(self) -> None:
-        """Leave the GPU to the trainer, weights and cache both, until reload; on a CPU there is nothing to gain."""
+        """Free the GPU for the trainer, weights and cache, until reload. Does nothing on a CPU."""
         if self.sleeps:
             self.llm.sleep(level=2)
             self.asleep = True
 
     def reload(self, model) -> None:
-        """Give vLLM the model's present weights, in place, and forget what it cached under the old ones.
+        """Copy the model's weights into vLLM, in place, and clear its prefix cache, which the old weights made.
 
-        A sleeping engine is woken in this order: room for the weights, the weights, room for the cache.
+        A sleeping engine is woken in this order: memory for the weights, the weights, memory for the cache.
         """
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
@@ -171,8 +174,8 @@ class VLLMActor:
         self.llm.reset_prefix_cache()
 
     def close(self) -> None:
-        """Stop the engine and free its memory; all ranks call. vLLM takes the process group down with it."""
-        ranks.wait_for_all()  # one that leaves early can take another, still talking to it, down
+        """Stop the engine and free its memory. All ranks call. vLLM also ends the process group."""
+        ranks.wait_for_all()  # a rank that exits early can crash ranks that still communicate with it
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         gc.collect()
@@ -181,14 +184,14 @@ class VLLMActor:
 
 
 def _repack_head(model) -> None:
-    """vLLM's CPU build packs the output head, and its reload misses the packed copy of a head tied to the embedding."""
+    """Pack the output head again. vLLM's CPU build packs it, and its reload forgets a head tied to the embedding."""
     model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 class TorchActor:
-    """The same face over transformers' generate, for small models where vLLM is missing. Samples the trainer's model.
+    """The same interface, using transformers' generate, for small models. Samples the trainer's own model.
 
-    It keeps the logits of a whole batch while it generates: with a large vocabulary, use vLLM.
+    It keeps the logits of a whole batch while it generates. With a large vocabulary, use vLLM.
     """
 
     def __init__(self, model, tokenizer, max_model_len: int = 512, batch: int = 256):
@@ -220,7 +223,7 @@ class TorchActor:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else ends[0]
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=self.model.device)  # left
         attend = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=self.model.device)
-        # Each is said outright: what is not said comes from the model's generation_config.json (top_k 20, say).
+        # Set each explicitly: unset values would come from the model's generation_config.json (top_k 20, for example).
         sampling = dict(do_sample=temperature > 0, repetition_penalty=1.0)
         if temperature > 0:
             sampling |= dict(temperature=temperature, top_k=0, top_p=1.0, min_p=None)
@@ -247,7 +250,7 @@ class TorchActor:
         """Nothing to free."""
 
     def reload(self, model) -> None:
-        """Nothing to copy unless the trainer's model is another one than this actor samples."""
+        """Nothing to copy, unless the trainer's model is not the one that is sampled here."""
         if model is not self.model:
             self.model.load_state_dict(model.state_dict())
 
@@ -256,9 +259,9 @@ class TorchActor:
 
 
 def pad_batch(rollouts: list[Rollout]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token numbers [B,N], the mask of response tokens [B,N], and the sampler's log-probs [B,N].
+    """Token numbers [B,N], the mask of response tokens [B,N] bool, and the sampler's log-probs [B,N].
 
-    Padded with 0 on the right, where causal attention never looks and no mask counts; any token would do.
+    Padded on the right with token 0. Any token would do: causal attention never looks there, and the mask excludes it.
     """
     n = max(len(r.prompt_ids) + len(r.ids) for r in rollouts)
     input_ids = torch.zeros(len(rollouts), n, dtype=torch.long)

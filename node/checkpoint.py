@@ -1,9 +1,14 @@
-"""Checkpoints that a run can be killed around: whole or not there at all, checked when read, the last few kept.
+"""Crash-safe checkpoints: complete or not there at all, checked when they are read, the last few kept.
 
-A checkpoint is a folder checkpoint-STEP: the model and tokenizer in transformers' format, optimizer/ with AdamW's
-moments in a part of each rank's (torch.distributed.checkpoint), trainer.pt (random states, position in the data, ...),
-and manifest.json, written last, with the size and CRC-32 of every file. It is made under another name and renamed when
-it is on the disk. No rank ever holds more than its share of the run and a few of the model's tensors.
+A checkpoint is a folder checkpoint-STEP with
+
+    the model and the tokenizer   in transformers' format
+    optimizer/                    AdamW's moments, a part for each rank (torch.distributed.checkpoint)
+    trainer.pt                    random states, position in the data, head split, ...
+    manifest.json                 written last: size and CRC-32 of every file
+
+It is written under another name, and renamed when it is on the disk. No rank ever holds more than its share of the run
+and a few of the model's tensors.
 """
 
 import json
@@ -36,10 +41,10 @@ SHARD_BYTES = 32 * 2**20  # weights are gathered and written so many at a time, 
 
 
 def load_sharded(name: str, device: torch.device, dtype: str = "auto"):
-    """The transformers model of a folder or hub name on this rank's device, sharded where shard() shards.
+    """The transformers model of a folder or hub name, on this rank's device, sharded as ranks.shard does.
 
-    Over several ranks, or on a GPU, each rank reads its own part of each weight from the files: no host holds more of
-    the model than its ranks' shares. Raises ValueError if the files do not hold the model's weights by their names.
+    With several ranks, or on a GPU, each rank reads its own part of each weight from the files, so no host holds more
+    of the model than its ranks' shares. Raises ValueError if the files lack weights of the model.
     """
     if not dist.is_initialized():
         return load_model(name, str(device))[0]
@@ -67,7 +72,7 @@ def load_sharded(name: str, device: torch.device, dtype: str = "auto"):
 
 @contextmanager
 def _parameters_without_memory() -> Iterator[None]:
-    """Within the context, new modules have their parameters on the meta device; buffers are real."""
+    """Within the context, new modules get their parameters on the meta device, without memory. Buffers are real."""
     register = torch.nn.Module.register_parameter
 
     def on_meta(module, name: str, p: torch.nn.Parameter | None) -> None:
@@ -83,7 +88,7 @@ def _parameters_without_memory() -> Iterator[None]:
 
 
 def _reason(e: Exception) -> str:
-    """What went wrong, in one line; of several ranks' failures the first."""
+    """What went wrong, in one line; if several ranks failed, the first of them."""
     cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
     return str(cause).strip().splitlines()[0]
 
@@ -97,16 +102,16 @@ def _crc(path: Path) -> int:
 
 
 def _sync(path: Path) -> None:
-    """Have what was written reach the disk."""
+    """Wait until what was written is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
 def save(folder: Path, state: dict, model, tokenizer, optimizer, keep: int) -> None:
-    """Write folder/checkpoint-STEP, of state["step"], and remove all but the last `keep`; all ranks call.
+    """Write folder/checkpoint-STEP, where STEP is state["step"], and remove all but the last `keep`. All ranks call.
 
-    Raises OSError, with what is left to go on from, when it cannot be written.
+    If it cannot be written, raises OSError that names the checkpoint to resume from.
     """
     ranks.reshard(model)
     state = {**state, "rng": ranks.all_gather([_random_state()])}
@@ -134,7 +139,7 @@ def save(folder: Path, state: dict, model, tokenizer, optimizer, keep: int) -> N
             shutil.rmtree(final, ignore_errors=True)
             making.rename(final)
             _sync(folder)
-    except (Exception, CheckpointException) as e:  # a full disk shows as many things, by who was writing
+    except (Exception, CheckpointException) as e:  # a full disk raises different errors, depending on who writes
         if first:
             shutil.rmtree(making, ignore_errors=True)
         left = list_checkpoints(folder)
@@ -145,7 +150,7 @@ def save(folder: Path, state: dict, model, tokenizer, optimizer, keep: int) -> N
 
 
 def _save_weights(model, folder: Path) -> None:
-    """The weights as transformers reads them: gathered some at a time by all ranks, written by rank 0."""
+    """Write the weights in transformers' format: all ranks gather some at a time, rank 0 writes them."""
     shapes = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in model.named_parameters()}
     plan = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
     weights = dict(model.named_parameters())
@@ -169,7 +174,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_damage(path: Path) -> str | None:
-    """What in a checkpoint is not as it was written; None if it is whole."""
+    """What in a checkpoint is not as it was written. None if it is undamaged."""
     try:
         for name, (size, crc) in json.loads((path / "manifest.json").read_text()).items():
             if (path / name).stat().st_size != size or _crc(path / name) != crc:
@@ -203,17 +208,17 @@ def _newest_undamaged(folder: Path) -> Path | None:
             return path
         print(f"{path} is damaged ({why}): trying the one before", file=sys.stderr, flush=True)
     if checkpoints:
-        raise ValueError(f"no checkpoint in {folder} is whole; begin anew with another --out")
+        raise ValueError(f"every checkpoint in {folder} is damaged: start a new run with another --out")
     return None
 
 
 def restore(path: Path, state: dict, model, optimizer) -> None:
-    """Put the optimizer's and the random generators' states back, each rank its part, however many there were."""
+    """Restore the optimizer's and the random generators' states. The number of ranks may differ from before."""
     ranks.reshard(model)
-    moments = get_optimizer_state_dict(model, optimizer)  # as they are now: what is read goes in their place
+    moments = get_optimizer_state_dict(model, optimizer)  # the present ones: what is read replaces them
     dcp.load(moments, checkpoint_id=path / "optimizer", no_dist=not dist.is_initialized())
     set_optimizer_state_dict(model, optimizer, moments)
-    if len(state["rng"]) == ranks.world_size():  # with another number of ranks the random draws are others
+    if len(state["rng"]) == ranks.world_size():  # with another number of ranks, random numbers differ anyway
         mine = state["rng"][ranks.rank()]
         torch.set_rng_state(mine["cpu"])
         name, keys, *rest = mine["numpy"]

@@ -1,18 +1,18 @@
-"""--dtype: what a model's passes and vLLM compute in. Weights, gradients and the optimizer are always float32.
+"""--dtype: the type that the model's passes and vLLM compute in. Weights, gradients and AdamW are always float32.
 
-On a GPU passes in bfloat16 are FSDP's (ranks.shard), so a model that nobody has sharded, as in the laboratory, computes
-in float32 there; on a CPU they are autocast's, here. A CPU with instructions for bfloat16 (avx512_bf16) is 2 to 3 times
-faster with it, once a model is wide enough for its matrices to take the time.
+On a GPU, FSDP2 makes the passes run in bfloat16 (ranks.shard). A model that is not sharded, as in the laboratory,
+computes in float32 there. On a CPU, autocast does it, here. A CPU with instructions for bfloat16 (avx512_bf16) is 2
+to 3 times faster with it, if the model is wide enough for its matrices to take most of the time.
 """
 
 import torch
 
 WIDE = 512  # hidden size
-HELP = "Of passes and of vLLM; auto: bfloat16 on a GPU, and on a CPU that has it for all but small models."
+HELP = "Type of the passes and of vLLM; auto is bfloat16 on a GPU and, except for small models, on CPUs that have it."
 
 
 def choose_dtype(dtype: str, config) -> str:
-    """What auto stands for on this machine, for a model of this transformers config; another dtype as it is."""
+    """What "auto" means on this machine for a model with this transformers config. Any other dtype is returned."""
     if dtype != "auto":
         return dtype
     able = torch.cuda.is_available() or (
@@ -22,12 +22,12 @@ def choose_dtype(dtype: str, config) -> str:
 
 
 def autocast_for(model) -> torch.autocast:
-    """autocast() in what auto stands for."""
+    """autocast() with --dtype auto, for a model outside of a run."""
     return autocast(choose_dtype("auto", model.config), next(model.parameters()).device)
 
 
 def autocast(dtype: str, device: torch.device | str) -> torch.autocast:
-    """The context for forward and backward passes. Casts are not kept: a step taken within it changes the weights."""
+    """The context for the model's passes. It caches no casts, because gradient steps within it change the weights."""
     on_cpu = torch.device(device).type == "cpu"
     enabled = on_cpu and dtype == "bfloat16"
     return torch.autocast("cpu" if on_cpu else "cuda", torch.bfloat16, enabled=enabled, cache_enabled=False)

@@ -1,4 +1,4 @@
-"""What happens before anything long is started: arguments, data and model are checked, or the plan is printed."""
+"""Before anything long starts: check arguments, data and model, or print the plan (--dry_run)."""
 
 import math
 from dataclasses import replace
@@ -20,7 +20,7 @@ from node.settings import fill_defaults, load_config, load_tokenizer
 
 
 def complete_args(args, defaults: dict):
-    """The arguments with nothing left open: of the run to resume, or as given, with the defaults for their model.
+    """The arguments of the run to resume, or the given ones with the defaults for their model. None is left open.
 
     Raises ValueError for arguments that cannot work.
     """
@@ -36,7 +36,7 @@ def complete_args(args, defaults: dict):
 
 
 def check_args(args) -> None:
-    """Raise ValueError for arguments that cannot work, before anything long is started."""
+    """Raise ValueError for arguments that cannot work."""
 
     def must_lie(low: float, high: float, *names: str) -> None:
         for name in names:
@@ -72,9 +72,9 @@ def check_args(args) -> None:
 
 
 def load_problems(args, tokenizer) -> tuple[list[tasks.Problem], list[tasks.Problem]]:
-    """Training and held-out problems; those too long for --max_model_len are left out and counted.
+    """Training and held-out problems. Those too long for --max_model_len are left out and counted.
 
-    Raises ValueError when too few are left.
+    Raises ValueError if too few are left.
     """
     eval_task = args.eval_task or args.task
     train_set = tasks.load(args.task, "train", seed=args.seed, data=args.data)
@@ -98,7 +98,7 @@ def load_problems(args, tokenizer) -> tuple[list[tasks.Problem], list[tasks.Prob
 
 
 def print_plan(args) -> None:
-    """--dry_run: say what would be done, from the model's configuration, tokenizer and data alone."""
+    """--dry_run: print what would be done, from the model's configuration, tokenizer and data only."""
     train_set, test_set = load_problems(args, load_tokenizer(args.model, args.max_model_len))
     shape, world = AutoConfig.from_pretrained(args.model), ranks.world_size()
     longest_pass = max(args.micro_tokens, args.max_model_len)  # a row is never split
@@ -122,8 +122,8 @@ def print_plan(args) -> None:
 def load(args, source: str | Path, device: torch.device):
     """Model (float32, on the device, sharded), tokenizer, training and held-out problems.
 
-    Raises ValueError for whatever would stop the run later: too few problems, a head that cannot be scored, attention
-    that cannot be recorded though the credit needs it.
+    Raises ValueError for what would stop the run later: too few problems, an output head that cannot be scored, or
+    attention that cannot be recorded although the credit needs it.
     """
     tokenizer = load_tokenizer(str(source), args.max_model_len)
     train_set, test_set = load_problems(args, tokenizer)
@@ -136,7 +136,7 @@ def load(args, source: str | Path, device: torch.device):
     ranks.reshard(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-        for module in model.modules():  # only these look at it: dropout, if there is any, stays off
+        for module in model.modules():  # only these modules read .training for it, so dropout stays off
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
     return model, tokenizer, train_set, test_set

@@ -1,8 +1,9 @@
-"""Several processes, one run: ranks, shards, and what the ranks tell each other. One process is the case of one rank.
+"""Several processes, one run. torchrun starts one process, a rank, for each GPU.
 
-Every rank holds the same small things (problems, rollouts, advantages, random order) and does its share of the large
+Every rank holds the same small things: problems, rollouts, advantages, random order. Each does its share of the large
 ones: it samples its share of the problems and makes its share of the passes. FSDP2 shards the weights, their gradients
-and the optimizer's state over the ranks and gathers a layer's weights while that layer runs.
+and the optimizer's state over the ranks, and gathers a layer's weights while that layer runs. In a single process all
+functions here return what they are given.
 """
 
 import os
@@ -43,9 +44,9 @@ def start() -> torch.device:
 
 
 def stop() -> None:
-    """Leave the other ranks; after the sampler has been closed, which also uses the group (vLLM ends it itself)."""
+    """Leave the other ranks. Close the sampler first: it uses the process group, and vLLM ends it."""
     if dist.is_initialized():
-        dist.barrier()  # one that leaves early can take another, still talking to it, down
+        dist.barrier()  # a rank that exits early can crash ranks that still communicate with it
         dist.destroy_process_group()
 
 
@@ -56,7 +57,7 @@ def print_once(text: str) -> None:
 
 
 def exit_with_error(message: str) -> None:
-    """End the run with a message. Rank 0 speaks first; another one is heard if rank 0 had nothing to say."""
+    """End the run with a message. Other ranks wait 5 s, so that rank 0's message is printed first."""
     if rank() > 0:
         time.sleep(5)
     sys.exit(f"error: {message}")
@@ -64,7 +65,7 @@ def exit_with_error(message: str) -> None:
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Within the context, what is wrong with arguments, data or files ends the run with its message alone."""
+    """Within the context, a ValueError or OSError (wrong arguments, data, files) ends the run with its message only."""
     try:
         yield
     except (ValueError, OSError) as e:
@@ -72,7 +73,7 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 def decoder_layers(model) -> torch.nn.ModuleList:
-    """The model's decoder layers. ValueError for a model that keeps them elsewhere than the common ones."""
+    """The model's decoder layers. ValueError for a model that does not keep them in get_decoder().layers."""
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is None:
         raise ValueError(f"{type(model).__name__} keeps no layers in get_decoder().layers: not supported here")
@@ -80,10 +81,10 @@ def decoder_layers(model) -> torch.nn.ModuleList:
 
 
 def shard(model, device: torch.device, dtype: str = "auto"):
-    """The model on this rank's device: over several ranks, or on a GPU, as FSDP2 shards; alone on a CPU as it is.
+    """The model on this rank's device, sharded by FSDP2. In a single process on a CPU, the model as it is.
 
-    Float32 weights, gradients and optimizer state; on a GPU the passes run in bfloat16, unless dtype says float32, and
-    gradients of passes and ranks are summed in float32. Weights move to the device layer by layer.
+    Weights, gradients and optimizer state are float32. On a GPU the passes run in bfloat16, unless dtype is float32;
+    gradients are still summed in float32. Weights move to the device layer by layer.
     """
     if not dist.is_initialized():
         return model.to(device)
@@ -96,25 +97,27 @@ def shard(model, device: torch.device, dtype: str = "auto"):
 
 
 def reshard(model) -> None:
-    """Needed after a pass without gradient: it leaves the weights of FSDP's root gathered, and model.parameters() then
-    gives those, which no optimizer may hold and no state dict finds."""
+    """Shard again the weights that a pass without gradient leaves gathered, those of FSDP2's root.
+
+    Call it before making an optimizer or a state dict: model.parameters() would give the gathered weights.
+    """
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def wait_for_all() -> None:
-    """Until every rank has come here, where there are several."""
+    """Wait until every rank has come here."""
     any_rank(False)
 
 
 def named_weights(model) -> Iterator[tuple[str, Tensor]]:
-    """Every weight by name, whole, one at a time. (vLLM keeps the parts of a fused layer until the last has come.)"""
+    """Every weight by name, gathered from the ranks, one at a time."""
     for name, p in model.named_parameters():
         yield name, gather_weight(p)
 
 
 def gather_weight(p: Tensor) -> Tensor:
-    """A weight of which each rank has a part (all must call), or which is whole already."""
+    """A weight, gathered from the ranks if it is sharded. All ranks must call."""
     p = p.detach()
     return p.full_tensor() if isinstance(p, DTensor) else p
 
@@ -125,7 +128,7 @@ def my_share(items: list) -> list:
 
 
 def all_gather(mine: list) -> list:
-    """The whole list again, in its order, from each rank's share (all must call)."""
+    """The whole list, in its order, from each rank's share of it. All ranks must call."""
     if world_size() == 1:
         return mine
     parts = [None] * world_size()
@@ -135,17 +138,17 @@ def all_gather(mine: list) -> list:
 
 
 def from_rank_0(value):
-    """Rank 0's value, on every rank (all must call)."""
+    """Rank 0's value, on every rank. All ranks must call."""
     return all_gather([value])[0]
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """The sum over the ranks (all must call)."""
+    """The sum over the ranks, in place. All ranks must call."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether it is so on any rank (all must call)."""
+    """Whether flag is true on any rank. All ranks must call."""
     return bool(all_reduce_sum(torch.tensor(float(flag))) > 0)

@@ -1,4 +1,4 @@
-"""One training run: its folder, its log, the order of its problems; when it saves, evaluates, stops and goes on."""
+"""One training run: its folder, its log, the order of its problems; when it saves, evaluates, stops and resumes."""
 
 import json
 import random
@@ -20,9 +20,10 @@ from heads import Heads
 from node import checkpoint, ranks
 from node.output import mean_interval, minutes, write_whole
 
-# The largest mean |logp_vllm - logp_torch| that rounding can explain; beyond it the sampler has other weights. What
-# rounding to bfloat16 makes depends on the model: there the first steps of the run are the measure, which a few rows
-# may have made small, hence the least limit. On a GPU vLLM multiplies float32 with TF32's ten bits.
+# The largest mean |logp_vllm - logp_torch| that rounding can explain. Above it, the sampler has other weights.
+# In bfloat16 the size of rounding errors depends on the model. So after the first GAP_STEPS steps the limit is
+# GAP_FACTOR times their mean, but at least LEAST_LIMIT, because the first steps may have had few tokens.
+# On a GPU vLLM multiplies float32 numbers in TF32, which has ten bits.
 GAP_LIMIT = {"float32": 1e-3, "TF32": 1e-2, "bfloat16": 0.3}
 GAP_STEPS, GAP_FACTOR, LEAST_LIMIT = 3, 5, 0.02
 DYNAMIC_BATCHES = 4  # batches that --dynamic may draw for one step
@@ -46,7 +47,7 @@ class Clock:
 
 
 class Run:
-    """Where a run stands and what it leaves behind. state is a checkpoint's, None for a new run."""
+    """The state of a run, and what it leaves in its folder. state: a checkpoint's, None for a new run."""
 
     def __init__(self, args, model, tokenizer, optimizer, state: dict | None = None):
         self.args, self.model, self.tokenizer, self.optimizer = args, model, tokenizer, optimizer
@@ -69,30 +70,30 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        """All steps are made, or somebody has asked to stop."""
+        """Whether all steps are made, or somebody has asked to stop."""
         return self.stopping or self.step >= self.args.steps
 
     def generator(self) -> torch.Generator:
-        """The random numbers of the step to come: the same whatever came before it."""
+        """The random generator of the next step. It depends on --seed and the step only, as a resumed run needs."""
         return torch.Generator().manual_seed(random.Random(f"{self.args.seed}, step {self.step}").getrandbits(32))
 
     def next_problems(self, problems: list) -> list:
-        """Those of the step to come; with --dynamic, four batches to choose from."""
+        """The problems of the next step; with --dynamic, several batches to draw from."""
         batches = DYNAMIC_BATCHES if self.args.dynamic else 1
         return take_problems(problems, self.data_position, batches * self.args.prompts, self.args.seed)
 
     def finish_step(self, record: dict) -> None:
-        """Log a step, save when it is time to, and end a run that cannot go on."""
+        """Log a step, save when due, and stop a run that cannot go on."""
         self.step += 1
         self.data_position += record["problems"]
         self.log({"step": self.step, **record})
         self.bar.set_postfix({name: format(record[name], spec) for name, spec in SHOWN.items()})
         self.bar.update()
-        found = record["unequal_groups"]
-        if self.args.dynamic and found < self.args.prompts:
+        unequal_groups = record["unequal_groups"]
+        if self.args.dynamic and unequal_groups < self.args.prompts:
             self.say(
-                f"step {self.step}: --dynamic found {found} groups of unequal reward among {record['problems']}, "
-                f"not {self.args.prompts}"
+                f"step {self.step}: --dynamic found {unequal_groups} groups of unequal reward among "
+                f"{record['problems']}, not {self.args.prompts}"
             )
         self.skips = self.skips + 1 if record["skipped"] else 0
         self._stop_if_broken(record)
@@ -106,7 +107,7 @@ class Run:
         return self.step in (0, self.args.steps) or (every > 0 and self.step % every == 0)
 
     def gap_limit(self) -> float:
-        """The sampler gap above which the run stops, at this step."""
+        """The gap_mean above which the run stops, at this step."""
         first = [r["gap_mean"] for r in self.log.records if "gap_mean" in r][:GAP_STEPS]
         if self.args.dtype == "float32":
             return GAP_LIMIT["TF32" if torch.cuda.is_available() else "float32"]
@@ -120,24 +121,24 @@ class Run:
             self.save()
             ranks.exit_with_error(
                 f"step {self.step}: after the reload the sampler does not hold {record['stale_weight']} as the trainer "
-                f"does, so it would sample from another model. The trainer's weights are saved: {self.folder}"
+                f"does, so it would sample from another model. The trainer's weights are saved in {self.folder}"
             )
         if not gap <= self.gap_limit():  # not a number counts as too much
             if gap > 0:
                 self.save()
             ranks.exit_with_error(
                 f"step {self.step}: the sampler's log-probabilities differ from the trainer's by {gap:.4f} on average, "
-                "more than rounding can explain: its weights were not reloaded (or, if that is not a number, the "
-                f"update diverged: lower --lr). See {self.log.path}"
+                "more than rounding can explain. Its weights were not reloaded (or, if the difference is not a number, "
+                f"the update diverged: lower --lr). See {self.log.path}"
             )
         if self.skips == SKIP_LIMIT:
             ranks.exit_with_error(
-                f"step {self.step}: gradients were not finite in {self.skips} steps in a row; those updates were not "
-                f"made. Lower --lr, or go on from the last checkpoint. See {self.log.path}"
+                f"step {self.step}: gradients were not finite in {self.skips} steps in a row. These updates were "
+                f"skipped. Lower --lr, or resume from the last checkpoint. See {self.log.path}"
             )
 
     def log_evaluation(self, success: Tensor) -> None:
-        """Log held-out success, [P] mean rewards of the problems, and draw the curve."""
+        """Log held-out success and draw the curve. success [P]: mean reward of each problem."""
         self.evaluation_is_due = False
         mean, half = mean_interval(success)
         self.log({"step": self.step, "success": mean, "half_width_95": half})
@@ -149,7 +150,7 @@ class Run:
         self.final_success = success
 
     def save(self) -> None:
-        """A checkpoint of this moment; when it cannot be written, the run ends."""
+        """Write a checkpoint. If it cannot be written, the run ends."""
         state = {
             "step": self.step,
             "data_position": self.data_position,
@@ -162,7 +163,7 @@ class Run:
 
     @contextmanager
     def stopping_softly(self) -> Iterator[None]:
-        """Within the context, SIGTERM and Ctrl-C end the run after the step at hand; asked twice, at once."""
+        """Within the context, SIGTERM and Ctrl-C end the run after the current step; a second one ends it at once."""
 
         def note(number, frame) -> None:
             if self._asked_to_stop:
@@ -185,11 +186,11 @@ class Run:
             sys.stdout.flush()
 
     def summary(self) -> str:
-        """The last lines: what came out and where it is, or how to go on."""
+        """The last lines: what came out and where it is, or how to resume."""
         if self.step < self.args.steps:
             world = ranks.world_size()
             command = "python" if world == 1 else f"torchrun --nproc-per-node {world} --shutdown-timeout 900"
-            return f"stopped after step {self.step}, as asked; to go on: {command} train.py --resume {self.folder}"
+            return f"stopped after step {self.step}, as asked. To resume: {command} train.py --resume {self.folder}"
         phases = [r["seconds"] for r in self.log.records if "seconds" in r]
         spent = {name: sum(p[name] for p in phases) for name in phases[0]}
         gain, half = mean_interval(self.final_success - self.baseline_success)
@@ -202,7 +203,7 @@ class Run:
 
 
 def new_folder(out: str | None, name: str) -> Path:
-    """A new run's folder, made: `out`, which must be empty, or the first free of runs/NAME-1, runs/NAME-2, …"""
+    """Make a new run's folder: `out`, which must be empty, or the first free one of runs/NAME-1, runs/NAME-2, …"""
     try:
         if out is None:
             Path("runs").mkdir(exist_ok=True)
@@ -217,7 +218,7 @@ def new_folder(out: str | None, name: str) -> Path:
 
 
 def try_mkdir(folder: Path) -> bool:
-    """Whether this call, and no other, made the folder."""
+    """Make the folder. Returns False if it exists already, for example because another run has just made it."""
     try:
         folder.mkdir()
     except FileExistsError:
@@ -226,19 +227,19 @@ def try_mkdir(folder: Path) -> bool:
 
 
 def write_args(args, folder: Path) -> None:
-    """args.json, which a run is resumed from."""
+    """Write args.json, from which a run is resumed."""
     write_whole(folder / "args.json", json.dumps(asdict(args), indent=1))
 
 
 def refuse_other_args(args, *allowed: str) -> None:
-    """ValueError for arguments given beside --resume, other than those allowed: it has its own."""
+    """ValueError for arguments given beside --resume, except those allowed: the run has its own."""
     given = {name for name, value in asdict(args).items() if value != getattr(type(args)(), name)}
     if wrong := ", ".join(f"--{name}" for name in sorted(given - {"resume", *allowed})):
-        raise ValueError(f"--resume {args.resume}: takes its arguments from there, so not {wrong} beside it")
+        raise ValueError(f"--resume {args.resume}: a resumed run takes its arguments from there. Remove {wrong}")
 
 
 def read_args(args):
-    """The arguments of the run in args.resume; only --steps may be another."""
+    """The arguments of the run in args.resume. Only --steps may differ."""
     before = {"dtype": "bfloat16" if torch.cuda.is_available() else "float32"}  # of runs begun without --dtype
     try:
         saved = type(args)(**before | json.loads((Path(args.resume) / "args.json").read_text()))
@@ -253,24 +254,28 @@ class Log:
     """The records of a run, in memory and in metrics.jsonl. Rank 0 writes."""
 
     def __init__(self, folder: Path, resumed_at: int | None = None):
-        """resumed_at: the step to go on from; what was logged after its checkpoint was made is forgotten."""
+        """resumed_at: the step of the checkpoint to resume from. What was logged after it is dropped."""
         self.path, self.records = folder / "metrics.jsonl", []
-        self.lost_evaluation = False  # one was forgotten and is to be made again
+        self.lost_evaluation = False  # whether an evaluation was dropped, and must be made again
         if ranks.rank() == 0:
             self._read_back(resumed_at)
-        # Only rank 0 reads what it also rewrites: all must come to the same evaluations.
+        # Only rank 0 reads the file that it also rewrites. All ranks must agree on what to evaluate.
         self.records, self.lost_evaluation = ranks.from_rank_0((self.records, self.lost_evaluation))
 
     def _read_back(self, resumed_at: int | None) -> None:
-        for line in self.path.read_text().splitlines() if resumed_at is not None and self.path.exists() else ():
+        lines = []
+        if resumed_at is not None and self.path.exists():
+            lines = self.path.read_text().splitlines()
+        for line in lines:
             try:
                 record = json.loads(line)
-            except ValueError:  # the line that was being written
+            except ValueError:  # the line that was being written when the run was killed
                 break
-            at_the_checkpoint = record["step"] == resumed_at
-            if record["step"] < resumed_at or (at_the_checkpoint and "reward" in record):
+            is_of_checkpoint = record["step"] == resumed_at
+            if record["step"] < resumed_at or (is_of_checkpoint and "reward" in record):
                 self.records.append(record)
-            self.lost_evaluation |= at_the_checkpoint and "success" in record
+            if is_of_checkpoint and "success" in record:
+                self.lost_evaluation = True
         write_whole(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
 
     def __call__(self, record: dict) -> None:
@@ -306,11 +311,11 @@ def plot(folder: Path, log: list[dict]) -> None:
 
 @lru_cache(maxsize=2)
 def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
-    """The order of an epoch."""
+    """A random order of the problems for one epoch."""
     return random.Random(f"{seed}/{epoch}").sample(range(size), size)
 
 
 def take_problems(problems: list, position: int, number: int, seed: int) -> list:
-    """`number` problems from a position on, of endless epochs of all of them, each in an order of its own."""
+    """`number` problems from a position on, in endless epochs. Each epoch has its own random order."""
     places = (divmod(i, len(problems)) for i in range(position, position + number))
     return [problems[epoch_order(len(problems), seed, epoch)[i]] for epoch, i in places]

@@ -1,4 +1,4 @@
-"""What imports what: the algorithm stands alone, arrows run one way, import train stays light, five files can be copied."""
+"""What imports what: the algorithm stands alone, arrows run one way, import train is light, five files work alone."""
 
 import ast
 import subprocess

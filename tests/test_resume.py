@@ -72,7 +72,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(tmp_path, monkeypatch, ca
         with monkeypatch.context() as patch:
             after_step(patch, steps, lambda number=number: os.kill(os.getpid(), number))
             run(*how)
-        said = f"stopped after step {after}, as asked; to go on: python train.py --resume {tmp_path}/run"
+        said = f"stopped after step {after}, as asked. To resume: python train.py --resume {tmp_path}/run"
         assert said in capsys.readouterr().out
         assert signal.getsignal(number) == before
         how = ["--resume", tmp_path / "run"]
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, monk
 def test_nothing_whole_is_an_error_and_nothing_saved_yet_a_new_start(tmp_path, monkeypatch, uninterrupted):
     run(*SMALL, "--steps", 1, "--out", tmp_path / "run")
     (tmp_path / "run" / "checkpoint-1" / "manifest.json").write_text("{")
-    with pytest.raises(SystemExit, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(SystemExit, match=r"every checkpoint in .* is damaged"):
         run("--resume", tmp_path / "run")
     (tmp_path / "run" / "checkpoint-1").rename(tmp_path / "run" / "checkpoint-unfinished")
     run("--resume", tmp_path / "run", "--steps", 5)
