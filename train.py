@@ -85,7 +85,7 @@ class Args:
     # The run
     out: str | None = HfArg(default=None, help="New folder for the run (default: the next free one under runs/).")
     resume: str | None = HfArg(
-        default=None, help="Folder of a run to continue; only --steps and --dry_run may be added."
+        default=None, help="Folder of a run to continue; only --steps and --dry_run may be given beside it."
     )
     dry_run: bool = HfArg(default=False, help="Check arguments and data, print the plan and the memory, start nothing.")
     engine: Literal["vllm", "torch"] = HfArg(

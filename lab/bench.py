@@ -31,7 +31,7 @@ from attention import Recorded, fused_attention
 from grpo import token_logprobs
 from heads import middle_layers
 from node import precision
-from node.check import signals_timed
+from node.check import time_signals
 from node.output import markdown
 from node.run import Clock
 from node.settings import TINY, fill_defaults, load_config, load_model, parse_args
@@ -120,7 +120,7 @@ def whole_pass(args: Args) -> None:
         alone = []
 
         def signals(ids=ids, mask=mask, heads=heads, alone=alone) -> None:
-            with signals_timed() as clock:
+            with time_signals() as clock:
                 metrics.observe(model, ids, mask, heads)
             alone.append(clock.seconds["signals"])
 
@@ -302,7 +302,7 @@ def whole_step(args: Args) -> None:
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    with tqdm(total=args.repeats + 1, desc="turns") as bar, signals_timed() as clock:
+    with tqdm(total=args.repeats + 1, desc="turns") as bar, time_signals() as clock:
         trainer.train()
     actor.close()
     turns, added, phases = turns[1:-1], added[1:], phases[1:]  # the first turn warms up, the last has not begun

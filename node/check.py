@@ -1,10 +1,10 @@
-"""Is this machine ready for a long run? A line per check, ok or what is wrong and what to do; under five minutes.
+"""Is this machine ready for a long run? One line per check: ok, or what is wrong and what to do. Under five minutes.
 
     python -m node.check                                 with the tiny model
     python -m node.check --model Qwen/Qwen3-0.6B         the step and the reload with this model
-    python -m node.check --engine torch                  where vLLM is not installed
+    python -m node.check --engine torch                  without vLLM
 
-On a CPU all that a CPU can run is checked. The exit status is 0 if all is well.
+On a machine without a GPU it checks what a CPU can run. The exit status is 0 if all checks passed.
 """
 
 import importlib.metadata
@@ -48,7 +48,7 @@ from node.stale import comparable_weights, find_stale_weight
 from rollout import start_actor
 
 ROOT = Path(__file__).parents[1]
-CREDIT_LIMIT = 0.1  # of a step: more than this means that something is wrong with the credit on this machine
+CREDIT_LIMIT = 0.1  # share of a step; a few per cent are normal, so above this something is wrong on this machine
 
 
 @dataclass
@@ -56,7 +56,9 @@ class Args:
     """Check that this machine can train: versions, numbers, a whole step, the reload, a kill, memory, cost, ranks."""
 
     model: str = HfArg(default=TINY, help="Folder or hub name of the model for the step and the reload.")
-    engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
+    engine: Literal["vllm", "torch"] = HfArg(
+        default="vllm", help="The sampler; torch is transformers' generate, for machines without vLLM."
+    )
 
 
 class Failed(Exception):
@@ -64,20 +66,20 @@ class Failed(Exception):
 
 
 def require(holds: bool, wrong: str) -> None:
-    """Failed, with what is wrong, unless it holds."""
+    """Raise Failed, with what is wrong, unless it holds."""
     if not holds:
         raise Failed(wrong)
 
 
 def device_and_dtype() -> tuple[torch.device, torch.dtype]:
-    """Where this machine trains, and the type that numbers are checked in: that of a GPU's passes; float32 on a CPU."""
+    """Where this machine trains, and in what type: bfloat16 on a GPU, float32 on a CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
     return torch.device("cpu"), torch.float32
 
 
 def versions(args: Args) -> str:
-    """Versions and driver."""
+    """The installed versions, and whether torch can use the GPU."""
     pinned = dict(re.findall(r"^([a-z-]+)==([0-9.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in ("torch", "transformers", "vllm"):
@@ -112,7 +114,7 @@ KINDS: dict[str, PreTrainedConfig] = {
 
 
 def signals(args: Args) -> str:
-    """WAAD, FAI and spans, in this machine's precision, against full maps."""
+    """Compare WAAD, FAI and spans, in this machine's precision, with those of full maps."""
     device, dtype = device_and_dtype()
     worst = {"WAAD": 0.0, "FAI": 0.0, "span": 0.0}
     for kind, config in KINDS.items():
@@ -172,7 +174,7 @@ def full_maps(model, ids: Tensor, layers: list[int]) -> list[Tensor]:
 
 
 def long_spans(args: Args) -> str:
-    """The span of a head that looks near, 32,768 tokens from the start, where rounding would drown it."""
+    """The span of a head that looks near, 32,768 tokens from the start: a small difference of large positions."""
     device, dtype = device_and_dtype()
     n, d = 2**15, 32
     angle = torch.arange(n, device=device).double()[:, None] * 1000.0 ** -(
@@ -245,7 +247,7 @@ def steps(loop: Loop) -> str:
 
 
 def reload(loop: Loop) -> str:
-    """Every weight of vLLM's against the trainer's; and that a skipped reload is noticed."""
+    """Compare every weight of vLLM with the trainer's, and check that a skipped reload is noticed."""
     if loop.args.engine == "torch":
         return "not needed: --engine torch samples the trainer's own weights"
     generator, everything = torch.Generator().manual_seed(0), 10**6
@@ -265,8 +267,8 @@ def reload(loop: Loop) -> str:
 
 
 @contextmanager
-def signals_timed() -> Iterator[Clock]:
-    """Within the context, the clock's "signals" counts what observe() spends on WAAD and FAI."""
+def time_signals() -> Iterator[Clock]:
+    """Within the context, clock.seconds["signals"] is the time that observe() spends on WAAD and FAI."""
     clock, own = Clock(), {name: getattr(metrics, name) for name in ("streamed_waad", "streamed_fai")}
 
     def timed(function: Callable) -> Callable:
@@ -288,10 +290,10 @@ def signals_timed() -> Iterator[Clock]:
 
 
 def cost(loop: Loop) -> str:
-    """What WAAD, FAI and gamma add to a step of this machine."""
+    """The share of a step that WAAD, FAI and gamma take on this machine."""
     shares = []
     for _ in range(3):
-        with signals_timed() as clock:
+        with time_signals() as clock:
             seconds = loop.step()["seconds"]
         shares.append((clock.seconds.get("signals", 0.0) + seconds["credit"]) / sum(seconds.values()))
     share = statistics.median(shares)
@@ -304,8 +306,8 @@ SMALL = ["--prompts", "4", "--group", "4", "--minibatches", "2", "--eval_problem
          "--save_every", "1", "--eval_every", "0"]  # fmt: skip
 
 
-def killed_run(folder: Path, engine: str) -> None:
-    """A run of the tiny model that is killed when its first checkpoint is there."""
+def run_and_kill(folder: Path, engine: str) -> None:
+    """Start a run of the tiny model, and kill it when its first checkpoint is there."""
     command = [sys.executable, "train.py", *SMALL, "--engine", engine, "--steps", "50", "--out", str(folder)]
     said, end = folder.with_name("said"), time.monotonic() + PATIENCE
     with said.open("w") as file:
@@ -319,10 +321,10 @@ def killed_run(folder: Path, engine: str) -> None:
 
 
 def kill_and_resume(args: Args) -> str:
-    """A small run, killed with kill -9 after a checkpoint, goes on and ends."""
+    """Kill a small run with kill -9 after a checkpoint, resume it, and check that it ends."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "run"
-        killed_run(folder, args.engine)
+        run_and_kill(folder, args.engine)
         at = int(checkpoint.list_checkpoints(folder)[-1].name.removeprefix("checkpoint-"))
         command = [sys.executable, "train.py", "--resume", str(folder), "--steps", str(at + 2)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -334,7 +336,7 @@ def kill_and_resume(args: Args) -> str:
 
 
 def memory_formula(args: Args) -> str:
-    """Memory of a training pass against node/memory.py."""
+    """Compare the memory of a training pass with the formula of node/memory.py."""
     device, _ = device_and_dtype()
     on_gpu = device.type == "cuda"
     shape = Qwen3Config(
@@ -375,8 +377,8 @@ def memory_formula(args: Args) -> str:
     return f"{what}: {measured:.3f} GiB, by the formula {expected:.3f}"
 
 
-def alike(one: list[dict], two: list[dict]) -> float:
-    """The largest difference of the losses of two replays; Failed if they are not the same run."""
+def compare_replays(one: list[dict], two: list[dict]) -> float:
+    """The largest difference between the losses of two replays. Raises Failed if it is more than rounding."""
     apart = max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two))
     norms = max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(one, two))
     limits = (1e-4, 1e-3) if not torch.cuda.is_available() else (2e-3, 0.05)
@@ -389,7 +391,7 @@ def alike(one: list[dict], two: list[dict]) -> float:
 
 
 def two_ranks(args: Args) -> str:
-    """Two ranks learn from given rollouts as one does."""
+    """Check that two ranks learn from given rollouts what one rank learns."""
     if torch.cuda.is_available() and torch.cuda.device_count() < 2:
         return "not checked: one GPU"
     with tempfile.TemporaryDirectory() as folder:
@@ -404,7 +406,7 @@ def two_ranks(args: Args) -> str:
             last = (done.stderr.strip().splitlines() or ["?"])[-1]
             require(done.returncode == 0, f"torchrun with {count} process(es) failed: {last}")
             records.append(json.loads(out.read_text()))
-    return f"losses of three steps differ by {alike(*records):.0e}"
+    return f"losses of three steps differ by {compare_replays(*records):.0e}"
 
 
 def main(args: Args, train) -> None:

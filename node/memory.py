@@ -1,16 +1,16 @@
-"""GPU memory that training takes, by formula. Computed, not run on a GPU.
+"""How much GPU memory training takes, by formula. Computed; never compared with a GPU.
 
     python -m node.memory      the table for Qwen3
 
-P is the number of weights (a tied head counts once), c the bytes of a number in the forward pass (2: bfloat16), d the
-width of the residual stream, q and k those of all queries and of all keys, m the MLP's, H the number of heads. FSDP2
-shards over W GPUs; each of them holds, in bytes:
+Symbols: P is the number of weights (a tied head counts once). c is the size of a number in the forward pass in bytes
+(2 for bfloat16). d is the width of the residual stream, q and k are the widths of all queries and of all keys, m is the
+width of the MLP. H is the number of heads. FSDP2 shards over W GPUs. Each GPU holds, in bytes:
 
     weights                4 P/W   the float32 master copy; a gradient of the same size; two moments of AdamW, 8 P/W
     gathered               c (2 layers + root)   the layer at work, the next one on its way, and the root group
                            (embedding, head, last norm), which stays gathered from forward to backward pass
     unreduced gradients    c (layer + root), and the float32 buffer that reduces the larger of the two
-    activations, per layer and token of a pass (--micro_tokens), kept for the backward pass, attention being fused:
+    activations, per layer and token of a pass (--micro_tokens), which are kept for the backward pass:
         two norms of d     (8 + 4c) d    each: its input in float32, that normalised, and its output
         queries, keys      (4 + 3c) (q + k)    their norms' input in float32, that normalised, and what rotation gives;
                            the third c is the attention's output for q and the values for k, which are as wide
@@ -22,16 +22,19 @@ shards over W GPUs; each of them holds, in bytes:
     logits                 12 bytes each: float32 logits, log-probabilities and gradient of one chunk (grpo.CHUNK)
     vLLM, on the same GPU  c P (the whole model) and the cache, --kv_cache_gib: 4 k bytes a token and layer
 
-In float32 on one GPU nothing is gathered and nothing reduced (but torch fuses no grouped heads in float32 there: maps
-come to it, 4 H N bytes a token and layer). If vLLM sleeps while the trainer works (level 2: it keeps
-neither weights nor cache), the peak is the larger of the two phases, generate and train; if not, their sum, where the
-weights and the moments count once. Left out: what CUDA, NCCL and vLLM's own passes and graphs take, and fragmentation;
-hence "fits" means within nine tenths of the GPU, and 2 to 4 GiB for CUDA graphs and NCCL's buffers, which stay while
-vLLM sleeps. The layer is Qwen3's; others without its two small norms take less.
+In float32 on one GPU nothing is gathered and nothing is reduced. But torch does not fuse grouped heads in float32
+there, so attention maps are added: 4 H N bytes per token and layer.
 
-On the host rank 0 holds, while a checkpoint is written, the largest tensor in float32 and a copy of it, 8 bytes a
-weight, or twice checkpoint.SHARD_BYTES. Loading takes less, and other ranks take less. Left out: what Python, torch and
-vLLM take by themselves, and vLLM's own loading of its checkpoint.
+vLLM sleeps while the trainer works (level 2: it keeps neither weights nor cache). So the peak is the larger one of the
+two phases, generate and train. Without sleep it is their sum, where the weights and the moments count once.
+
+Left out are the memory of CUDA, NCCL and vLLM's own passes and graphs, and fragmentation. So "fits" means within nine
+tenths of the GPU; 2 to 4 GiB for CUDA graphs and NCCL's buffers stay in use while vLLM sleeps. The layer is Qwen3's.
+Layers without its two small norms take less.
+
+On the host, rank 0 holds the largest tensor in float32 and a copy of it while a checkpoint is written: 8 bytes per
+weight of it, or twice checkpoint.SHARD_BYTES if that is more. Loading takes less, and other ranks take less. Left out
+is what Python, torch and vLLM take by themselves.
 """
 
 import torch

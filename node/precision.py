@@ -8,7 +8,7 @@ to 3 times faster with it, if the model is wide enough for its matrices to take 
 import torch
 
 WIDE = 512  # hidden size
-HELP = "Type of the passes and of vLLM; auto is bfloat16 on a GPU and, except for small models, on CPUs that have it."
+HELP = "Type of the model's passes and of vLLM; auto is bfloat16 on a GPU, and for large models on a CPU that has it."
 
 
 def choose_dtype(dtype: str, config) -> str:

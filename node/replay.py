@@ -1,4 +1,4 @@
-"""A few training steps on rollouts that were sampled before: the same for any number of ranks, up to rounding.
+"""Three training steps on given rollouts: the same result for any number of ranks, up to rounding.
 
 torchrun --nproc-per-node 2 -m node.replay ROLLOUTS OUT
 """
@@ -19,13 +19,13 @@ STEPS, PROMPTS = 3, 6
 
 
 class Replay:
-    """An actor that gives each problem the responses that were sampled for it."""
+    """A sampler that returns, for each prompt, the responses that were recorded for it."""
 
     def __init__(self, sampled: dict[str, list]):
         self.sampled = sampled
 
     def generate(self, prompts: list[str], n: int, max_tokens: int) -> list[list]:
-        """Those of the prompts."""
+        """The recorded responses to the prompts."""
         return [self.sampled[p] for p in prompts]
 
     def sleep(self) -> None:

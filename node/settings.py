@@ -60,14 +60,27 @@ def fill_defaults(args, defaults: dict[str, tuple], *models: str):
     return replace(args, **filled), f"defaults for {kind}: {listed or 'none was needed'}"
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """--help that adds "(default: ...)" to an option, unless its own text already says what None stands for."""
+class HelpFormatter(argparse.HelpFormatter):
+    """--help with one line of names for each option, and its default once, unless its own text says it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        default = action.default
+        if default is None or default is False or default == argparse.SUPPRESS:
+            return action.help
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        return f"{action.help.rstrip('.')} (default: {default})."
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        name = action.option_strings[-1] if action.dest == "help" else action.option_strings[0]  # no second spelling
+        takes_no_value = action.nargs == 0 or isinstance(action.default, bool)
+        return name if takes_no_value else f"{name} {self._format_args(action, action.dest.upper())}"
 
 
 def parse_args(*arguments: type):
     """The command line as instances of these dataclasses: one instance for one class, else a tuple of them."""
-    parsed = HfArgumentParser(arguments, formatter_class=HelpFormatter).parse_args_into_dataclasses()
+    parser = HfArgumentParser(
+        arguments, description=arguments[0].__doc__, usage="%(prog)s [options]", formatter_class=HelpFormatter
+    )
+    parsed = parser.parse_args_into_dataclasses()
     return parsed[0] if len(arguments) == 1 else parsed

@@ -1,10 +1,12 @@
 r"""Is the answer in the last \boxed{...} of a response right? Never raises, never hangs, whatever the response says.
 
-Most answers are settled here, by comparing tidied text and whole numbers. The rest go to math-verify, which knows that
-0.5 is \frac{1}{2}; but sympy under it will start to compute 10^{10^{10}}, and its own timeouts are alarms, which only a
-main thread can set and no big-number operation obeys. So math-verify runs without them in a process of its own, with
-limited memory and computing time, that the kernel ends when an answer takes too long, and that is then started again.
-This file is both sides of the pipe: imported it asks, run it serves. The worker imports nothing of the caller's,
+Most answers are settled here, by comparing normalised text and whole numbers. The rest go to math-verify, which knows
+that 0.5 is \frac{1}{2}. But math-verify uses sympy, which starts to compute 10^{10^{10}} if it is asked to. Its own
+timeouts are alarms: only a main thread can set them, and an operation on big numbers does not react to them. So
+math-verify runs in a process of its own, a worker, with limited memory and computing time. The kernel ends the worker
+if an answer takes too long, and then it is started again.
+
+This file is client (when imported) and server (when run as a script). The worker imports nothing of the caller's,
 neither its __main__ nor torch.
 """
 

@@ -139,22 +139,22 @@ def test_one_wrong_tensor_is_named(loop, monkeypatch):
 
 def test_kill_and_resume(monkeypatch):
     args = check.Args(engine="torch")
-    real = check.killed_run
+    real = check.run_and_kill
 
     def killed_and_damaged(folder, engine):
         real(folder, engine)
         for path in checkpoint.list_checkpoints(folder):
             (path / "trainer.pt").unlink()
 
-    monkeypatch.setattr(check, "killed_run", killed_and_damaged)
+    monkeypatch.setattr(check, "run_and_kill", killed_and_damaged)
     assert "it did not go on" in fails(check.kill_and_resume, args)
 
 
 def test_two_ranks_are_compared():
     one = [{"loss": 0.1, "grad_norm": 1.0}, {"loss": 0.2, "grad_norm": 2.0}]
-    assert check.alike(one, [{"loss": 0.10002, "grad_norm": 1.0}, one[1]]) == pytest.approx(2e-5)
-    assert "differ by" in fails(check.alike, one, [{"loss": 0.2, "grad_norm": 1.0}, one[1]])
-    assert "gradient norms" in fails(check.alike, one, [one[0], {"loss": 0.2, "grad_norm": 3.0}])
+    assert check.compare_replays(one, [{"loss": 0.10002, "grad_norm": 1.0}, one[1]]) == pytest.approx(2e-5)
+    assert "differ by" in fails(check.compare_replays, one, [{"loss": 0.2, "grad_norm": 1.0}, one[1]])
+    assert "gradient norms" in fails(check.compare_replays, one, [one[0], {"loss": 0.2, "grad_norm": 3.0}])
 
 
 def test_a_failing_check_is_counted_and_the_others_go_on(monkeypatch, capsys):
