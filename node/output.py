@@ -50,6 +50,7 @@ def mean_interval(per_problem: Tensor) -> tuple[float, float]:
 
     per_problem [P]: each problem's mean reward, or a difference of two such means.
 
+    >>> import torch
     >>> [round(x, 3) for x in mean_interval(torch.tensor([0.0, 1.0, 0.0, 1.0]))]
     [0.5, 0.566]
     """

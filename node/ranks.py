@@ -57,9 +57,9 @@ def print_once(text: str) -> None:
 
 
 def exit_with_error(message: str) -> None:
-    """End the run with a message. Other ranks wait 5 s, so that rank 0's message is printed first."""
+    """End the run with a message. Other ranks wait 15 s, so that rank 0's message is printed first."""
     if rank() > 0:
-        time.sleep(5)
+        time.sleep(15)
     sys.exit(f"error: {message}")
 
 

@@ -17,7 +17,7 @@ import heads
 import metrics
 import tasks
 from examples.trl_rhythm import GRPOConfig, GRPOTrainer, RhythmGRPOTrainer
-from node import settings
+from node.settings import TINY, load_model
 
 HORIZON = (3, 100)  # the responses are short
 
@@ -74,7 +74,7 @@ def trainer(kind=Rhythm, steps=2, peft=None, horizon=HORIZON, **changes):
     )  # fmt: skip
     from datasets import Dataset
 
-    model, tokenizer = settings.load_model(settings.TINY, "cpu")
+    model, tokenizer = load_model(TINY, "cpu")
     rows = Dataset.from_list([{"prompt": p.prompt} for p in tasks.load("countdown-tiny", "train", 32)])
     made = kind(
         model,
@@ -104,7 +104,7 @@ def trained(*args, **changes):
 
 def eager_maps(batch):
     """Transformers' own maps of the middle layers on the batch as TRL padded it, and the mask of responses."""
-    model, _ = settings.load_model(settings.TINY, "cpu")
+    model, _ = load_model(TINY, "cpu")
     model.load_state_dict(batch["weights"], strict=False)  # the head is tied
     model.set_attn_implementation("eager")
     ids, attention = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
@@ -150,8 +150,8 @@ def main(out):
     made = trained(steps=4)  # starts the process group
     rank = made.accelerator.process_index
     seen = {"batches": made.batches_seen, "weights": weights(made.model), "log": made.state.log_history}
-    seen["DDP"] = scored(DistributedDataParallel(settings.load_model(settings.TINY, "cpu")[0]))
-    sharded = settings.load_model(settings.TINY, "cpu")[0]
+    seen["DDP"] = scored(DistributedDataParallel(load_model(TINY, "cpu")[0]))
+    sharded = load_model(TINY, "cpu")[0]
     for layer in sharded.model.layers:
         fully_shard(layer)
     seen["FSDP2"] = scored(fully_shard(sharded))

@@ -164,12 +164,12 @@ def test_the_command_trains_and_ends_with_what_it_reached(capsys, monkeypatch):
 
 OWN_STEP = """
 make_update, ended = update, []
-def update(model, optimizer, ids, mask, *rest):
+def update(model, optimizer, ids, mask, **more):
     for row, at in zip(ids, mask):
         found = torch.isin(row[at], ENDS)
         assert not found[:-1].any(), "what follows an end is padding"
         ended.append(found[-1].item())
-    return make_update(model, optimizer, ids, mask, *rest)
+    return make_update(model, optimizer, ids, mask, **more)
 
 torch.manual_seed(0)
 before = [p.detach().clone() for p in model.parameters()]

@@ -92,7 +92,7 @@ def test_an_analysis_that_was_stopped_goes_on(tmp_path):
     (out / "tables.md").unlink()
     run("--resume", out)
     assert (out / "tables.md").read_text() == tables and (out / "continuations.jsonl").read_text() == rests
-    with pytest.raises(SystemExit, match=r"error: --resume .*not --problems beside it"):
+    with pytest.raises(SystemExit, match=r"error: --resume .*Remove --problems"):
         run("--resume", out, "--problems", 20)
     with pytest.raises(SystemExit, match=r"error: .*has no args.json that this can read"):
         run("--resume", tmp_path)
