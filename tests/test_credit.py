@@ -150,3 +150,27 @@ def test_each_name_is_its_function_with_all_its_settings():
         assert torch.equal(produced, credit.shift_to_produced(gamma, mask)), name
     drawn = credit.assign_credit("random", signals, mask, generator=g, **how)
     assert ((drawn == 3).sum(1) == 8).all()
+
+
+def test_a_function_of_ones_own_is_called_with_everything_by_name():
+    g = torch.Generator().manual_seed(0)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    ids, signals, seen = torch.randint(0, 9, (2, 5), generator=g), SimpleNamespace(logprobs=mask * -1.0), {}
+
+    def own(**given):
+        seen.update(given)
+        return 1.0 + given["mask"] * (given["input_ids"] == ids[0, 0])
+
+    gamma = credit.assign_credit(own, signals, mask, ids, q=0.3, amp=2.0, generator=g, model="the model")
+    assert torch.equal(gamma, 1.0 + (ids == ids[0, 0]))
+    assert set(seen) == {"signals", "mask", "input_ids", "q", "amp", "alpha", "k", "lowest", "generator", "model"}
+    assert seen["signals"] is signals and (seen["q"], seen["amp"], seen["alpha"], seen["k"]) == (0.3, 2.0, 0.5, 3)
+    shifted = credit.assign_credit(own, signals, mask, ids, produced=True)
+    assert torch.equal(shifted, credit.shift_to_produced(gamma, mask))
+
+
+def test_the_readmes_credit_of_surprise():
+    """Highest -log p: the tokens that were least probable."""
+    mask, logprobs = torch.ones(1, 5, dtype=torch.bool), torch.tensor([[-0.1, -3.0, -0.2, -2.0, 0.0]])
+    gamma = credit.high_entropy(-logprobs, mask, q=0.4, amp=1.5)
+    assert gamma.tolist() == [[1.0, 1.5, 1.0, 1.5, 1.0]]

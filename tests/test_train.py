@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import re
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import credit
+import eval as evaluation
 import grpo
 import metrics
 import rollout
 import train
-from node import prepare, settings
+from node import check, prepare, settings
 from node import run as node_run
 from node.replay import Replay
 from tasks import countdown
@@ -96,14 +99,14 @@ def sampled():
     return problems, dict(zip([p.prompt for p in problems], actor.generate([p.prompt for p in problems], 4, 96)))
 
 
-def one_step(sampled, rollouts=None, **changes):
+def one_step(sampled, own_credit=None, **changes):
     """What a step on these rollouts logs, the heads it used, and the weights after it."""
     problems, groups = sampled
     args = tiny_args(prompts=8, group=4, minibatches=2, max_tokens=96, **changes)
     model, _ = settings.load_model("assets/tiny", "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
-    record, heads = train.train_step(args, model, optimizer, Replay(groups), problems, None, generator)
+    record, heads = train.train_step(args, model, optimizer, Replay(groups), problems, None, generator, own_credit)
     return record, heads, torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -492,9 +495,29 @@ def test_a_second_run_never_writes_into_the_first(tmp_path, monkeypatch):
     assert [f.name for f in folders] == ["countdown-tiny-coupled-1", "countdown-tiny-coupled-2"]
 
 
-def test_help_explains_every_option(capsys, monkeypatch):
+@pytest.mark.parametrize("arguments", [train.Args, evaluation.Args, check.Args])
+def test_help_explains_every_option_in_one_sentence_with_one_default(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program", "--help"])
     with pytest.raises(SystemExit):
-        HfArgumentParser(train.Args).parse_args_into_dataclasses(["--help"])
+        settings.parse_args(arguments)
     text = " ".join(capsys.readouterr().out.split())
-    for field in train.Args.__dataclass_fields__.values():
-        assert field.metadata["help"].split()[0] in text and f"--{field.name}" in text
+    assert "None" not in text and "[options]" in text
+    for name, field in arguments.__dataclass_fields__.items():
+        help_text = field.metadata["help"]
+        assert help_text.endswith(".") and not re.search(r"[a-z)]\. [A-Z]", help_text), name
+        assert f"--{name} " in text and help_text.split(" (default")[0].rstrip(".") in text.replace("- ", "-"), name
+        assert text.split(f" --{name} ")[1].split(" --")[0].count("(default") <= 1, name
+
+
+def test_a_credit_of_ones_own_reaches_the_update(sampled, monkeypatch):
+    """A function in place of the name; it sees the tokens."""
+    asked = []
+
+    def third_token(signals, mask, input_ids, amp, model, **_):
+        asked.append((signals.logprobs.shape, input_ids.shape, type(model).__name__))
+        return 1 + (amp - 1) * (mask & (mask.cumsum(1) == 3))
+
+    seen, uniform = given(sampled, monkeypatch, own_credit=third_token), given(sampled, monkeypatch, credit="uniform")
+    factor = torch.where(seen["mask"].cumsum(1) == 3, 1.5, 1.0)
+    torch.testing.assert_close(seen["advantages"], uniform["advantages"] * torch.where(seen["mask"], factor, 1.0))
+    assert asked == [(seen["mask"].shape, seen["mask"].shape, "Qwen3ForCausalLM")]
