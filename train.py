@@ -240,7 +240,7 @@ def train_step(
             all_rewards = rewards
         sampler.sleep()
 
-    # From here on one row per response: [B,N] with B = P * G.
+    # From here on one row per response: [B,N] with B = P * G. `order` shuffles the rows.
     rollouts = [response for group in groups for response in group]
     input_ids, mask, sampler_logprobs = (x.to(device) for x in pad_batch(rollouts))
     order = torch.randperm(len(rollouts), generator=generator).to(device)
@@ -265,42 +265,24 @@ def train_step(
 
     # 8. gamma of each token (Eq. 14-19).
     with clock("credit"):
+        settings = dict(q=args.q, amp=args.gamma_amp, alpha=args.alpha, k=args.k, lowest=args.lowest)
         gamma = assign_credit(
-            credit or args.credit,
-            signals,
-            is_scored,
-            input_ids,
-            q=args.q,
-            amp=args.gamma_amp,
-            alpha=args.alpha,
-            k=args.k,
-            lowest=args.lowest,
-            produced=args.on_produced,
-            generator=generator,
-            model=model,
-        )  # [B,N]
+            credit or args.credit, signals, is_scored, input_ids, **settings, produced=args.on_produced,
+            generator=generator, model=model,
+        )  # [B,N]  # fmt: skip
 
     # 9. The clipped loss with A * gamma in place of A, and a gradient step on each minibatch (Eq. 12, 13).
     token_advantages = shape_advantages(advantages, gamma, args.sign)  # [B,N]
     if args.tis_cap:
         trainer_over_sampler = (signals.logprobs - sampler_logprobs).exp()
         token_advantages = token_advantages * trainer_over_sampler.clamp(max=args.tis_cap)
-    minibatches = order.tensor_split(min(args.minibatches, len(order)))  # --dynamic may have found few groups
     with clock("update"), autocast:
         stats = update(
-            model,
-            optimizer,
-            input_ids,
-            mask,
-            old_logprobs=signals.logprobs,
-            advantages=token_advantages,
-            minibatches=minibatches,
-            micro_tokens=args.micro_tokens,
-            epsilon=args.epsilon,
-            epsilon_high=args.epsilon_high,
-            rank=ranks.rank(),
-            world=ranks.world_size(),
-        )
+            model, optimizer, input_ids, mask, old_logprobs=signals.logprobs, advantages=token_advantages,
+            minibatches=order.tensor_split(min(args.minibatches, len(order))),  # --dynamic may have found few groups
+            micro_tokens=args.micro_tokens, epsilon=args.epsilon, epsilon_high=args.epsilon_high,
+            rank=ranks.rank(), world=ranks.world_size(),
+        )  # fmt: skip
         stats["loss"] = ranks.all_reduce_sum(torch.tensor(stats["loss"])).item()
 
     # 10. The new weights go to the sampler, in place. Then some of its tensors are compared with the trainer's.
@@ -309,20 +291,27 @@ def train_step(
     with clock("check"):
         stale_weights = ranks.all_gather([find_stale_weight(sampler, model, generator)])
 
-    gap = (sampler_logprobs - signals.logprobs)[is_scored].abs()
     record = {
         "reward": all_rewards.mean().item(),
         **stats,  # loss, grad_norm, skipped
-        "entropy": signals.entropy[is_scored].mean().item(),
-        "gap_mean": gap.mean().item(),
-        "gap_max": gap.max().item(),
+        **describe_tokens(signals, gamma, sampler_logprobs, is_scored),
         "stale_weight": next((name for name in stale_weights if name), None),  # differs between sampler and trainer
-        "gamma": gamma[is_scored].mean().item(),
         **describe_rollouts(rollouts, rewards, all_rewards, args.horizon[0]),
         "tokens_per_s": mask.sum().item() / sum(clock.seconds.values()),
         "seconds": clock.seconds,
     }
     return record, heads
+
+
+def describe_tokens(signals: Signals, gamma: Tensor, sampler_logprobs: Tensor, is_scored: Tensor) -> dict:
+    """What metrics.jsonl says about the scored tokens of a step. All [B,N]."""
+    gap = (sampler_logprobs - signals.logprobs)[is_scored].abs()  # |log p_sampler - log p_trainer|
+    return {
+        "entropy": signals.entropy[is_scored].mean().item(),
+        "gap_mean": gap.mean().item(),
+        "gap_max": gap.max().item(),
+        "gamma": gamma[is_scored].mean().item(),
+    }
 
 
 def describe_rollouts(rollouts: list[Rollout], rewards: Tensor, all_rewards: Tensor, horizon_low: int) -> dict:
@@ -356,16 +345,9 @@ def main(args: Args, credit: Callable[..., Tensor] | None = None) -> None:
         run.say(f"{run.folder}: starting {args.engine} from {source}")
         seed = args.seed + ranks.rank()
         sampler = start_actor(
-            args.engine,
-            str(source),
-            args.max_model_len,
-            seed,
-            args.kv_cache_gib,
-            model,
-            tokenizer,
-            sleep_mode=True,
-            dtype=args.dtype,
-        )
+            args.engine, str(source), args.max_model_len, seed, args.kv_cache_gib, model, tokenizer,
+            sleep_mode=True, dtype=args.dtype,
+        )  # fmt: skip
     set_seed(seed)  # after the engine, which seeds the global generators too
     if state:
         sampler.sleep()  # restoring takes 16 bytes a weight at once
@@ -383,16 +365,10 @@ def main(args: Args, credit: Callable[..., Tensor] | None = None) -> None:
         while not run.is_done:
             if run.step % args.heads_every == 0:
                 run.heads = None  # measure the split again
+            problems, generator = run.next_problems(train_set), run.generator()
             record, run.heads = train_step(
-                args,
-                model,
-                optimizer,
-                sampler,
-                run.next_problems(train_set),
-                run.heads,
-                run.generator(),
-                credit,
-            )
+                args, model, optimizer, sampler, problems, run.heads, generator, credit
+            )  # fmt: skip
             schedule.step()
             run.finish_step(record)  # logs, saves when due, stops a run that cannot go on
             if run.evaluation_is_due:
