@@ -41,7 +41,9 @@ def top_q(x: Tensor, mask: Tensor, q: float, eligible: Tensor | None = None) -> 
     eligible = mask if eligible is None else mask & eligible
     order = x.float().masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)  # [B,N], 0 for the highest
-    size = [math.ceil(q * n - 1e-6) for n in mask.sum(1).tolist()]  # 1e-6: 0.1 * 30 must not round up to 4
+    size = [
+        math.ceil(q * n - 1e-6) for n in mask.sum(1).tolist()
+    ]  # 1e-6: 0.55 * 100 is 55.00000000000001 and must not round up to 56
     return eligible & (rank < torch.tensor(size, device=x.device)[:, None])
 
 
