@@ -5,9 +5,10 @@ log-sum-exp Z_t of that row's scores. With queries, keys and Z, any entry of the
 
     A[t,s] = exp(q_t . k_s * scale - Z_t)
 
-`recording(model, layers)` keeps queries, keys and Z of chosen layers during one ordinary forward pass. What is computed
-from them is metrics.py's business. Works with every transformers model whose layers go through the library's attention
-interface (Qwen, Llama, Mistral, Gemma, ...), with grouped-query heads and sliding windows.
+`recording(model, layers)` keeps queries, keys and Z of chosen layers during one ordinary forward pass. metrics.py
+computes WAAD and FAI from them. It works with transformers models whose layers use the library's attention interface
+(Qwen, Llama, Mistral, Gemma 3, ...), with grouped-query heads and sliding windows. Models with soft-capped scores,
+attention sinks, position biases, or values of another width than their queries are refused.
 
 Files to copy: attention.py, heads.py, metrics.py, credit.py, grpo.py.
 """
@@ -73,7 +74,7 @@ def _attention_bias(query: Tensor, visible: Tensor) -> Tensor:
 
 
 def attention_maps(layer: Recorded) -> Tensor:
-    """One layer's maps A [B,H,N,N], float32. For looking at them: they take the memory that WAAD and FAI do without."""
+    """One layer's maps A [B,H,N,N], float32. For inspection only: they take O(N²) memory, which WAAD and FAI avoid."""
     n = layer.query.shape[2]
     key = layer.key.repeat_interleave(layer.query.shape[1] // layer.key.shape[1], 1).float()  # [B,H,N,D]
     visible = layer.visible
@@ -118,8 +119,8 @@ AttentionMaskInterface.register("recording", sdpa_mask)
 def recording(model, layers: list[int]) -> Iterator[dict[int, Recorded]]:
     """Record chosen layers: yields a dict {layer: None}, which a forward pass without gradient fills with Recorded.
 
-    On leaving, the model attends as it did before. Raises ValueError then if the pass recorded nothing for a layer,
-    because the model has no such attention.
+    At exit the model gets its own attention back. Raises ValueError there if a layer was not recorded, because the
+    model does not use transformers' attention interface in it.
     """
     global _recorded
     model = getattr(model, "module", model)  # DDP's own model

@@ -1,19 +1,20 @@
 """gamma_t: the factor on each token's advantage (Eq. 14-19). Three credits by attention, and controls.
 
-A preplan token is one before which the model plans: WAAD jumps there, so a new chunk of text begins. An anchor is a
-token with high FAI: later tokens keep looking at it. The credits give such tokens gamma > 1, all others gamma = 1.
+A preplan token is a token just before WAAD jumps, a member of T_loc: there a chunk of text ends and the next one
+begins. An anchor is a token with high FAI, a member of T_glob: later tokens keep looking at it. The credits give some
+of these tokens gamma > 1 and all others gamma = 1.
 
 All functions take [B,N] tensors and mask [B,N] bool, which marks the response tokens. They look at each response alone.
 They return gamma [B,N] float32, which is 1 outside the mask. q is the share of tokens to credit, amp is the paper's
 gamma_amp. Only torch is needed. assign_credit at the end chooses a credit by its name.
 
-The paper leaves some things open. Our readings:
+The paper leaves some things open. Our readings (coupled_rhythm explains the symbols):
 
     alpha = 0.5, k = 3
-    tau_waad    the median WAAD of the response
-    tau_delta   the smallest Delta in T_loc, so that "a recent peak" means a member of T_loc
+    tau_waad    the median WAAD of the response (of an even number, the lower of the two middle values)
+    tau_delta   the smallest Delta in T_loc, so that a large Delta before an anchor means a preplan token
     intro(t)    the token with the largest Delta among the k tokens before t; the nearest one on a tie
-    TopQ        a tie goes to the earlier token
+    TopQ        rounds up, and a tie goes to the earlier token
 
 lowest=True credits the lowest q instead of the highest (the paper's Table 5): Delta and FAI change sign, all else
 stays.
@@ -61,7 +62,7 @@ def waad_change(waad: Tensor, mask: Tensor) -> Tensor:
 
 
 def local_chunk(waad: Tensor, mask: Tensor, q: float = 0.4, amp: float = 1.5, lowest: bool = False) -> Tensor:
-    """Eq. 14-15: amplify T_loc, the tokens where WAAD changes most. They are the boundaries of chunks of text."""
+    """Eq. 14-15: amplify T_loc, the preplan tokens: those with the largest change of WAAD to the next token."""
     delta = waad_change(waad, mask)
     t_loc = top_q(-delta if lowest else delta, mask, q)
     return 1 + (amp - 1) * t_loc
@@ -91,8 +92,8 @@ def coupled_rhythm(
 
         gamma_t = 1 + (amp-1) [t is an anchor, not in D] + (1-alpha)(amp-1) [t in D] + alpha (amp-1) [t is an intro]
 
-    The brackets add up: with the defaults a token that is an anchor and an intro gets 1 + 0.5 + 0.25 = 1.75. An intro
-    of several anchors gets its share once.
+    The brackets add up. With the defaults, an anchor that is not in D and is also an intro gets 1 + 0.5 + 0.25 = 1.75;
+    one in D that is also an intro gets 1 + 0.25 + 0.25 = 1.5. An intro of several anchors gets its share once.
 
     >>> waad = torch.tensor([[0.0, 9.0, 1.0, 1.0, 1.0]])  # WAAD changes after token 1
     >>> fai = torch.tensor([[0.0, 0.1, 0.2, 0.9, 0.0]])  # token 3 is an anchor
@@ -108,10 +109,10 @@ def coupled_rhythm(
 
 
 class Coupled(NamedTuple):
-    """What coupled_rhythm decides by: [B,N] each, the two thresholds [B,1]. With lowest, delta has the other sign."""
+    """Intermediate results of coupled_rhythm: [B,N] each, the two thresholds [B,1]. With lowest, delta changes sign."""
 
     delta: Tensor
-    t_loc: Tensor  # bool, the chunk boundaries
+    t_loc: Tensor  # bool, the preplan tokens
     t_glob: Tensor  # bool, the anchors
     tau_waad: Tensor
     tau_delta: Tensor  # infinite where T_loc is empty
@@ -120,7 +121,7 @@ class Coupled(NamedTuple):
 
 
 def coupled_parts(waad: Tensor, fai: Tensor, mask: Tensor, q: float = 0.4, k: int = 3, lowest: bool = False) -> Coupled:
-    """Eq. 18: which tokens are chunk boundaries, which are anchors, which anchors are dominated, and their intros."""
+    """Eq. 18: which tokens are preplan tokens, which are anchors, which anchors are dominated, and their intros."""
     if k < 1:
         raise ValueError(f"k = {k}: an intro is looked for among one or more tokens before its anchor")
     sign = -1 if lowest else 1
@@ -154,7 +155,7 @@ def high_entropy(entropy: Tensor, mask: Tensor, q: float = 0.4, amp: float = 1.5
 
 
 def random_tokens(mask: Tensor, q: float = 0.4, amp: float = 1.5, generator: torch.Generator | None = None) -> Tensor:
-    """Control: amplify as many tokens, chosen at random."""
+    """Control: amplify the same number of tokens, chosen at random."""
     noise = torch.rand(mask.shape, generator=generator, device=generator.device if generator else None)
     return 1 + (amp - 1) * top_q(noise.to(mask.device), mask, q)
 
@@ -165,9 +166,9 @@ def uniform(mask: Tensor) -> Tensor:
 
 
 def scaled(gamma: Tensor, mask: Tensor) -> Tensor:
-    """Control: every response token gets the mean of gamma. The step is as large, but no tokens are chosen.
+    """Control: every response token gets the mean of gamma. The mean factor is the same, but no tokens are chosen.
 
-    The mean is over all tokens of the mask together, so the mask must leave out responses that have no gamma.
+    The mask must leave out responses that were not scored: their gamma is 1 and would lower the mean.
 
     >>> scaled(torch.tensor([[1.0, 1.5, 1.0]]), torch.tensor([[False, True, True]]))
     tensor([[1.0000, 1.2500, 1.2500]])
@@ -176,7 +177,7 @@ def scaled(gamma: Tensor, mask: Tensor) -> Tensor:
 
 
 def shift_to_produced(gamma: Tensor, mask: Tensor) -> Tensor:
-    """Ablation: give gamma_t to token t+1, the token that row t produced. The first token gets 1.
+    """Ablation: give gamma_t to token t+1, which the logits at position t predict. The first token gets 1.
 
     >>> shift_to_produced(torch.tensor([[1.0, 1.5, 1.0, 1.25]]), torch.tensor([[False, True, True, True]]))
     tensor([[1.0000, 1.0000, 1.5000, 1.0000]])
@@ -222,7 +223,7 @@ def assign_credit(
         signals: has .logprobs, .entropy, .waad and .fai, [B,N] each (metrics.Signals).
         input_ids: [B,N], for credits that look at the tokens themselves.
         alpha, k: coupled's. generator: random's.
-        produced: shift gamma to the token that each row produced (shift_to_produced).
+        produced: give gamma_t to token t+1 (shift_to_produced).
 
     Raises ValueError for an unknown name.
     """

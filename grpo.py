@@ -36,7 +36,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
 
 def shape_advantages(advantages: Tensor, gamma: Tensor, sign: str = "both") -> Tensor:
-    """A * gamma_t: the advantage of each token. This is where credit enters.
+    """Advantage * gamma_t: the advantage of each token. This is where credit enters.
 
     advantages [B], gamma [B,N]. Returns [B,N]. sign: gamma multiplies "both" signs of the advantage (the paper), or
     only "positive" ones (the paper's first version), or only "negative" ones.
@@ -77,11 +77,11 @@ def clipped_loss(
     mask: Tensor,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
-    responses: int = 0,
+    responses: int | None = None,
 ) -> Tensor:
     """Eq. 12-13, negated: the mean over responses of the mean over each one's tokens of the clipped objective.
 
-    All [B,N]. advantages are already shaped: A * gamma_t. Gradient flows through logprobs alone.
+    All [B,N]. advantages are already shaped: advantage * gamma_t. Gradient flows through logprobs alone.
     epsilon_high: the upper clip range, if different from epsilon ("clip-higher", DAPO).
     responses: the number to divide by, if this is one part of a larger batch (default: B).
     A response without tokens contributes 0. Returns a scalar.
@@ -92,12 +92,12 @@ def clipped_loss(
     clipped_ratio = ratio.clamp(1 - epsilon, 1 + epsilon_high)
     objective = torch.min(ratio * advantages, clipped_ratio * advantages)
     per_response = torch.where(mask, objective, 0.0).sum(1) / mask.sum(1).clamp(min=1)  # [B]
-    return -per_response.sum() / (responses or len(mask))
+    return -per_response.sum() / (len(mask) if responses is None else responses)
 
 
 # ---- 2. Through the model ----
 
-# Float32 logits made at a time: 128 MiB, 220 tokens at a vocabulary of 152,000. Softmax and gradient take more.
+# How many float32 logits are made at a time: 128 MiB. That is 220 tokens if the vocabulary has 152,000 entries.
 CHUNK = 2**25
 
 
@@ -110,8 +110,8 @@ def token_logprobs(model, input_ids: Tensor, mask: Tensor, entropy: bool = False
     made only where the mask is, and never all at once: the output head runs chunk by chunk, and again in the backward
     pass.
 
-    The model may be wrapped by DDP, FSDP2 or PEFT (LoRA). The caller must enter autocast: accelerate's own wrapper
-    around forward is bypassed.
+    The model may be wrapped by DDP, FSDP2 or PEFT (LoRA). In mixed precision, call this inside your own torch.autocast:
+    the wrapper that accelerate puts around forward is bypassed.
     """
     if mask[:, 0].any():
         raise ValueError("mask marks token 0, which nothing comes before: every response needs a prompt")
@@ -146,7 +146,8 @@ def _call_as_forward(model, inner, forward: Callable):
     """forward(), called as the model's own forward pass.
 
     DDP and FSDP2 act around model.forward() only: FSDP2 gathers the weights before it, and both reduce the gradients
-    after it. So we replace the inner model's forward for one call and call the wrapped model.
+    after it. So we replace the inner model's forward by our function, for one call, and call the wrapped model. model()
+    runs the wrapper's hooks, which call inner.forward. It needs no arguments, because our function has them already.
     """
     own = inner.__dict__.get("forward")  # None unless somebody has replaced the class's, as accelerate does
     inner.forward = forward
@@ -235,8 +236,8 @@ def update(
     With several ranks, all must hold the same batch. Each makes its share of the passes, and FSDP2 averages the
     gradients.
 
-    Returns means over the steps: the loss (this rank's share of it, to be summed), the gradient norm, and how many
-    steps were not taken.
+    Returns the mean loss over the minibatches (this rank's share of it, to be summed over ranks), the mean gradient
+    norm, and the number of skipped gradient steps.
     """
     losses, norms, skipped = [], [], 0
     for minibatch in minibatches:

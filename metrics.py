@@ -3,12 +3,13 @@
 WAAD, windowed average attention distance: how far back token t looks, distances above W = 10 counting as W.
 FAI, future attention influence: how much later tokens, 10 to 100 places after token s, look at it.
 
-Row t of an attention map A is the query of token t itself. (The row before it, t-1, is the one that produced token t.)
+Row t of an attention map A belongs to the position whose input is token t. (The logits at that position predict token
+t+1.)
 
 This file has four parts:
 
     1. waad, fai: the definitions, on full maps [N,N]. Short and slow; the tests compare all else with them.
-    2. observe, measure_heads: what a trainer calls. One forward pass, four numbers per token.
+    2. observe, measure_heads: what a trainer calls: four numbers per token from one forward pass; the head split.
     3. streamed_waad, streamed_fai, streamed_spans: the same without any map, in memory that is linear in N.
     4. right_padding: for batches that are padded on the left.
 """
@@ -67,7 +68,7 @@ class Signals(NamedTuple):
     entropy: Tensor  # nats, of the distribution the token was drawn from
     waad: Tensor
     fai: Tensor
-    heads: Heads  # the split that WAAD and FAI were taken with
+    heads: Heads | None  # the split that WAAD and FAI were taken with; None: they were not computed and are 0
 
 
 def observe(
@@ -86,11 +87,11 @@ def observe(
     queries, keys and log-sum-exp (attention.py). From these, streamed_waad and streamed_fai compute the two signals.
 
     Args:
-        input_ids: [B,N], padded on the right, or anyhow if attention_mask is given.
+        input_ids: [B,N], padded on the right, or on any side if attention_mask is given.
         mask: [B,N] bool, the response tokens.
         heads: the split to use, Signals.heads of an earlier call. None measures it on this batch first, by one more
             pass. Keep it for about ten steps.
-        attention_mask: [B,N], 1 for real tokens. The signals come back at the caller's places.
+        attention_mask: [B,N], 1 for real tokens. The signals are returned in the original columns.
         score: makes the pass over right-padded rows, score(model, input_ids, mask, entropy=True), and returns
             (logprobs, entropy). A trainer with its own way to log-probs gives that.
 
@@ -218,7 +219,8 @@ def streamed_fai(heads: ChosenHeads, mask: Tensor, horizon: tuple[int, int | Non
     end = (s + (n if high is None else high) + 1).clamp(max=n)
     looking = rows_before[:, end] - rows_before[:, first]  # [B,N]
 
-    mean = received.clamp(min=0) / looking.clamp(min=1)[:, None]
+    received = received.clamp(min=0)  # a difference in _received_to_the_end can be -1e-8
+    mean = received / looking.clamp(min=1)[:, None]
     return torch.where((mask & (looking > 0))[:, None], mean, 0.0)
 
 
@@ -235,9 +237,9 @@ def _received_in_band(heads: ChosenHeads, mask: Tensor, low: int, high: int) -> 
 def _received_to_the_end(heads: ChosenHeads, mask: Tensor, low: int) -> Tensor:
     """The attention that each token gets from all response rows at least `low` places after it. [B,heads,N]
 
-    It is what the token gets from all response rows, less what it gets from the band t - s < low. The first is a column
-    sum of A. Since the output is A V, a column sum is the gradient of the response rows' outputs with respect to V: one
-    fused backward pass, in linear memory.
+    It is what the token gets from all response rows, minus what it gets from the band t - s < low. The first is a
+    column sum of A. Since the output is A V, a column sum is the gradient of the response rows' outputs with respect
+    to V: one fused backward pass, in linear memory.
     """
     column_sums = []
     for layer, chosen in heads:
@@ -260,9 +262,9 @@ def streamed_spans(layer: Recorded, mask: Tensor) -> Tensor:
     The mean distance of row t is sum_s A[t,s] (t - s) = t sum_s A[t,s] - sum_s A[t,s] s. Both sums are attention
     outputs: with values 1 and with values s. They come from the same call, so rounding errors in the weights cancel.
 
-    In float32 the position 32,768 leaves no digits for a mean distance of a few tokens. So a position is written as
-    s = 256 coarse + fine, and both parts are averaged by themselves. Queries and keys go in as float32, or the averages
-    would have the eight bits of bfloat16.
+    At position 32,768 float32 numbers are 1/256 apart, too coarse for a mean distance of a few tokens. So a position
+    is written as s = 256 coarse + fine, and both parts are averaged separately. Queries and keys go in as float32, or
+    the averages would have the eight bits of bfloat16.
     """
     s = torch.arange(mask.shape[1], device=mask.device)
     fine, coarse = s % 256, s // 256
@@ -279,7 +281,7 @@ def streamed_spans(layer: Recorded, mask: Tensor) -> Tensor:
 def _band_blocks(heads: ChosenHeads, mask: Tensor, reach: int) -> Iterator[Block]:
     """The band t - s <= reach of the chosen heads' maps, in blocks of rows, from the first response row on."""
     n, first_row = mask.shape[1], int(mask.any(0).int().argmax())
-    # A block as high as the band is wide: about half of it counts. 512 rows at most, to bound memory.
+    # Rows of a block: as many as the band is wide; at least 64, to have few blocks; at most 512, to bound memory.
     height = max(64, min(reach, 512))
     first_head = 0
     for layer, chosen in heads:
@@ -317,10 +319,9 @@ def _count(heads: ChosenHeads) -> int:
 
 
 def right_padding(attention_mask: Tensor, mask: Tensor) -> Tensor:
-    """Where each row's tokens come from when the row is shifted to the left, to begin with its first real token.
+    """Column numbers that move the padding of each row to the right: x.gather(1, right_padding(...)).
 
-    attention_mask [B,N], 1 for real tokens; mask [B,N] bool. Returns [B, longest row] column numbers for x.gather(1,
-    .).
+    attention_mask [B,N], 1 for real tokens; mask [B,N] bool. Returns [B, longest row].
 
     >>> right_padding(torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 1, 0]]), torch.zeros(2, 5, dtype=torch.bool))
     tensor([[2, 3, 4],

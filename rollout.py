@@ -89,7 +89,7 @@ class VLLMActor:
         sleep_mode: bool = False,
         dtype: str = "auto",
     ):
-        dtype = precision.choose_dtype(dtype, load_config(path))  # a missing model is named here, in one line
+        dtype = precision.choose_dtype(dtype, load_config(path))  # ValueError, in one line, if there is no such model
         # vLLM reads these when it is imported and when it starts. What the user has set stays.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -141,6 +141,7 @@ class VLLMActor:
         encoded = encode(self.tokenizer, prompts, max_tokens, self.max_model_len)
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=ids) for ids in encoded],
+            # logprobs=0: only the sampled token's log-probability
             SamplingParams(n=n, max_tokens=max_tokens, temperature=temperature, logprobs=0, detokenize=False),
             use_tqdm=progress,
         )
@@ -148,18 +149,18 @@ class VLLMActor:
 
     def _rollout(self, prompt_ids: list[int], output) -> Rollout:
         ids = list(output.token_ids)
-        logprobs = [at[token].logprob for token, at in zip(ids, output.logprobs)]
+        logprobs = [candidates[token].logprob for token, candidates in zip(ids, output.logprobs)]
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return Rollout(prompt_ids, ids, logprobs, text, output.finish_reason == "length")
 
     def sleep(self) -> None:
-        """Free the GPU for the trainer, weights and cache, until reload. Does nothing on a CPU."""
+        """Release the GPU memory of weights and cache until reload(). Does nothing on a CPU."""
         if self.sleeps:
             self.llm.sleep(level=2)
             self.asleep = True
 
     def reload(self, model) -> None:
-        """Copy the model's weights into vLLM, in place, and clear its prefix cache, which the old weights made.
+        """Copy the model's weights into vLLM, in place, and clear its prefix cache of the old weights.
 
         A sleeping engine is woken in this order: memory for the weights, the weights, memory for the cache.
         """
@@ -221,7 +222,9 @@ class TorchActor:
         ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id  # some models have several
         ends = ends if isinstance(ends, list) else [ends]
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else ends[0]
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=self.model.device)  # left
+        ids = torch.tensor(
+            [[pad] * (width - len(row)) + row for row in encoded], device=self.model.device
+        )  # padded left
         attend = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=self.model.device)
         # Set each explicitly: unset values would come from the model's generation_config.json (top_k 20, for example).
         sampling = dict(do_sample=temperature > 0, repetition_penalty=1.0)

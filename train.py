@@ -16,15 +16,18 @@ share of the forward and backward passes (`share_passes`, `ranks.all_reduce_sum`
 on each rank and averages gradients. With one process these functions return what they are given.
 
 Where this departs from the paper, and why:
+
 1. The paper scores with a third copy of the model under eager attention, to have maps. Here WAAD and FAI come from the
    scoring pass that GRPO makes anyway for pi_old, without maps (metrics.py). The numbers are the same.
-2. Groups of equal reward have advantage 0, hence gradient 0: they are left out of scoring and update. 3. The head
-split is measured on 32 responses at the first step and then every --heads_every steps, by a pass of its own. 4. Where
-the paper is silent: the advantage's std is the sample's (n - 1); AdamW without weight decay; the learning rate
-   grows over five steps; gradients are clipped to norm 1; group size 8 and epsilon 0.2.
-5. vLLM and the trainer's passes compute in bfloat16 on a GPU, over float32 weights, and in float32 on most CPUs
-   (--dtype). The two round differently in bfloat16, so the first ratio is only about 1 there, and gap_mean, the
-   difference of their log-probs, is far above float32's 1e-7.
+2. Groups of equal reward have advantage 0, hence gradient 0. They are not computed, but count in the mean of the loss.
+3. The head split is measured on 32 responses at the first step and then every --heads_every steps, by its own pass.
+4. vLLM and the trainer's passes compute in bfloat16 on a GPU, over float32 weights, and in float32 on most CPUs
+   (--dtype). In bfloat16, vLLM and the trainer round differently, so gap_mean is far above float32's 1e-7. The scoring
+   pass and the update pass also round differently there, so before the first update the ratio is only about 1.
+
+Where the paper is silent, we chose: the standard deviation of a group divides by n - 1; AdamW without weight decay; the
+learning rate grows over five steps; gradients are clipped to norm 1; group size 8 and epsilon 0.2. credit.py lists the
+choices for gamma.
 """
 
 from collections.abc import Callable
@@ -50,7 +53,9 @@ from rollout import Rollout, pad_batch, start_actor
 
 WARMUP_STEPS = 5  # the learning rate grows over these
 SPAN_ROWS = 32  # responses that the head split is measured on
-DEFAULTS = {  # of arguments that are not given: for the tiny model; for any other model, the paper's
+# Default values: (for the tiny model, for any other model). Learning rate, batch and response length of the second are
+# the paper's.
+DEFAULTS = {
     "task": ("countdown-tiny", "countdown4"),
     "steps": (40, 500),
     "prompts": (32, 64),
@@ -106,7 +111,7 @@ class Args:
         "mean gamma of coupled.",
     )
     q: float = HfArg(default=0.4, help="Share of a response's tokens to credit.")
-    gamma_amp: float = HfArg(default=1.5, help="gamma of a credited token, the factor on its advantage.")
+    gamma_amp: float = HfArg(default=1.5, help="gamma of a fully credited token, the factor on its advantage.")
     alpha: float = HfArg(default=0.5, help="coupled: share of a dominated anchor's bonus that goes to its intro token.")
     k: int = HfArg(default=3, help="coupled: how many tokens before an anchor are searched for its intro token.")
     sign: Literal["both", "positive", "negative"] = HfArg(default="both", help="Advantages that gamma multiplies.")
@@ -122,7 +127,7 @@ class Args:
     all_heads: bool = HfArg(default=False, help="Ablation: both groups are all sampled heads.")
     lowest: bool = HfArg(default=False, help="Ablation: credit the lowest q instead of the highest.")
     on_produced: bool = HfArg(
-        default=False, help="Ablation: shift gamma to the next token, the one that a token's row produced."
+        default=False, help="Ablation: give gamma_t to token t+1, which the logits at position t predict."
     )
 
     # GRPO
@@ -185,7 +190,10 @@ def sample_dynamic(args: Args, sampler, problems: list[tasks.Problem]) -> tuple[
 
 
 def split_into_local_and_global(args: Args, model, input_ids: Tensor, mask: Tensor) -> Heads:
-    """The head split of these rows. Spans are averages, so a sample of the batch is enough."""
+    """The head split of these rows. Spans are averages, so a sample of the batch is enough.
+
+    All ranks measure the same rows, so all get the same split.
+    """
     layers = layer_range(model.config.get_text_config().num_hidden_layers, args.layers)
     heads = measure_heads(
         model, input_ids, mask, layers=layers, quantile=args.head_quantile, micro_tokens=args.micro_tokens
@@ -197,7 +205,10 @@ def split_into_local_and_global(args: Args, model, input_ids: Tensor, mask: Tens
 
 
 def score(args: Args, model, input_ids: Tensor, mask: Tensor, rows: Tensor, heads: Heads | None) -> Signals:
-    """log pi_old, entropy and, if there is a head split, WAAD and FAI of some rows. [B,N] each, 0 in the other rows."""
+    """The scoring pass over some rows: log pi_old, entropy and, if there is a head split, WAAD and FAI.
+
+    [B,N] each, 0 in the other rows. It is made in passes of --micro_tokens, which the ranks share.
+    """
     horizon = (args.horizon[0], args.horizon[1] if len(args.horizon) == 2 else None)
     signals = torch.zeros(4, *mask.shape, device=mask.device)  # log-probs, entropy, WAAD, FAI
     passes = micro_batches(mask, rows, args.micro_tokens)
@@ -229,7 +240,7 @@ def train_step(
     credit: a credit function of your own, in place of --credit (credit.assign_credit says what it is called with).
     """
     clock, device = Clock(), next(model.parameters()).device
-    autocast = precision.autocast(args.dtype, device)
+    autocast = precision.autocast(args.dtype, device)  # on a CPU; on a GPU FSDP2 does the casting
 
     # 1, 2. Sample G responses to each problem and verify them. Then the sampler frees the GPU.
     with clock("generate"):
@@ -251,11 +262,11 @@ def train_step(
     if len(rows) == 0:
         rows = order[: args.group]  # score some rows anyway, so that gap_mean can be logged
     is_scored = torch.zeros_like(mask)
-    is_scored[rows] = mask[rows]  # [B,N], the response tokens that have signals
+    is_scored[rows] = mask[rows]  # [B,N], the response tokens that get signals; the others have advantage 0
 
-    # 4. Which heads look near, which look far (Eq. 7, 8).
+    # 4. Which heads look near, which look far (Eq. 7, 8). main sets heads to None every --heads_every steps.
     with clock("credit"), autocast:
-        if heads is None and args.credit in NEED_ATTENTION:
+        if heads is None and (credit or args.credit in NEED_ATTENTION):
             some_rows = order[:SPAN_ROWS]
             heads = split_into_local_and_global(args, model, input_ids[some_rows], mask[some_rows])
 
@@ -263,7 +274,7 @@ def train_step(
     with clock("score"), autocast:
         signals = score(args, model, input_ids, mask, rows, heads)
 
-    # 8. gamma of each token (Eq. 14-19).
+    # 8. gamma of each token (Eq. 14-19); 1 in the rows that are not scored.
     with clock("credit"):
         settings = dict(q=args.q, amp=args.gamma_amp, alpha=args.alpha, k=args.k, lowest=args.lowest)
         gamma = assign_credit(
@@ -271,7 +282,7 @@ def train_step(
             generator=generator, model=model,
         )  # [B,N]  # fmt: skip
 
-    # 9. The clipped loss with A * gamma in place of A, and a gradient step on each minibatch (Eq. 12, 13).
+    # 9. The clipped loss with advantage * gamma in place of the advantage, on each minibatch (Eq. 12, 13).
     token_advantages = shape_advantages(advantages, gamma, args.sign)  # [B,N]
     if args.tis_cap:
         trainer_over_sampler = (signals.logprobs - sampler_logprobs).exp()
@@ -338,7 +349,8 @@ def main(args: Args, credit: Callable[..., Tensor] | None = None) -> None:
         saved_at, state = checkpoint.find_latest(args.resume)  # None, None for a new run
         source = saved_at or args.model
         model, tokenizer, train_set, test_set = prepare.load(args, source, device)
-        # The schedule below starts at run.step and not at 0; torch then asks for initial_lr.
+        # The schedule below starts at run.step: a new run with a fifth of lr, a resumed one where it was. For that
+        # torch requires initial_lr.
         weights = {"params": [*model.parameters()], "initial_lr": args.lr}
         optimizer = torch.optim.AdamW([weights], args.lr, weight_decay=0.0, fused=True)
         run = Run(args, model, tokenizer, optimizer, state)

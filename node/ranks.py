@@ -2,8 +2,8 @@
 
 Every rank holds the same small things: problems, rollouts, advantages, random order. Each does its share of the large
 ones: it samples its share of the problems and makes its share of the passes. FSDP2 shards the weights, their gradients
-and the optimizer's state over the ranks, and gathers a layer's weights while that layer runs. In a single process all
-functions here return what they are given.
+and the optimizer's state over the ranks, and gathers a layer's weights while that layer runs. In a single process
+my_share, all_gather, all_reduce_sum and the like return their input.
 """
 
 import os
@@ -25,7 +25,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Which of them this process is."""
+    """This process's number, from 0 to world_size() - 1."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -36,8 +36,8 @@ def start() -> torch.device:
     if on_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized() and (world_size() > 1 or on_gpu):
-        # Objects and flags go over gloo, tensors on a GPU over NCCL. Alone on a GPU there is a group of one, so that
-        # weights in float32 and passes in bfloat16 come from FSDP there too.
+        # Objects and flags go over gloo, tensors on a GPU over NCCL. A single GPU also gets a process group, of size
+        # one, because FSDP2 does the mixed precision there too.
         where = {} if world_size() > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **where)
     return device

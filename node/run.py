@@ -52,7 +52,7 @@ class Run:
     def __init__(self, args, model, tokenizer, optimizer, state: dict | None = None):
         self.args, self.model, self.tokenizer, self.optimizer = args, model, tokenizer, optimizer
         if state and state["step"] > args.steps:
-            raise ValueError(f"--steps {args.steps}: {args.resume} has made {state['step']} already")
+            raise ValueError(f"--steps {args.steps}: {args.resume} has already done {state['step']} steps")
         self.began, self.stopping, self._asked_to_stop = time.perf_counter(), False, []
         folder = args.resume
         if not args.resume and ranks.rank() == 0:
@@ -66,7 +66,7 @@ class Run:
         device = next(model.parameters()).device
         self.heads = state["heads"] and Heads(state["heads"][0], *(x.to(device) for x in state["heads"][1:]))
         self.log = Log(self.folder, self.step if args.resume else None)
-        self.evaluation_is_due = self._evaluates_here() or self.log.lost_evaluation
+        self.evaluation_is_due = self._evaluates_here() or self.log.must_evaluate_again
 
     @property
     def is_done(self) -> bool:
@@ -240,9 +240,11 @@ def refuse_other_args(args, *allowed: str) -> None:
 
 def read_args(args):
     """The arguments of the run in args.resume. Only --steps may differ."""
-    before = {"dtype": "bfloat16" if torch.cuda.is_available() else "float32"}  # of runs begun without --dtype
+    old_default = {
+        "dtype": "bfloat16" if torch.cuda.is_available() else "float32"
+    }  # args.json of older runs has no dtype
     try:
-        saved = type(args)(**before | json.loads((Path(args.resume) / "args.json").read_text()))
+        saved = type(args)(**old_default | json.loads((Path(args.resume) / "args.json").read_text()))
     except (OSError, ValueError, TypeError) as e:
         raise ValueError(f"--resume {args.resume}: no run is there, or its args.json cannot be read ({e})") from e
     refuse_other_args(args, "steps", "dry_run")
@@ -254,13 +256,16 @@ class Log:
     """The records of a run, in memory and in metrics.jsonl. Rank 0 writes."""
 
     def __init__(self, folder: Path, resumed_at: int | None = None):
-        """resumed_at: the step of the checkpoint to resume from. What was logged after it is dropped."""
+        """resumed_at: the step of the checkpoint to resume from. What was logged after the checkpoint is dropped.
+
+        An evaluation at that step was made after the checkpoint was written, so it is dropped too and made again.
+        """
         self.path, self.records = folder / "metrics.jsonl", []
-        self.lost_evaluation = False  # whether an evaluation was dropped, and must be made again
+        self.must_evaluate_again = False
         if ranks.rank() == 0:
             self._read_back(resumed_at)
         # Only rank 0 reads the file that it also rewrites. All ranks must agree on what to evaluate.
-        self.records, self.lost_evaluation = ranks.from_rank_0((self.records, self.lost_evaluation))
+        self.records, self.must_evaluate_again = ranks.from_rank_0((self.records, self.must_evaluate_again))
 
     def _read_back(self, resumed_at: int | None) -> None:
         lines = []
@@ -275,7 +280,7 @@ class Log:
             if record["step"] < resumed_at or (is_of_checkpoint and "reward" in record):
                 self.records.append(record)
             if is_of_checkpoint and "success" in record:
-                self.lost_evaluation = True
+                self.must_evaluate_again = True
         write_whole(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
 
     def __call__(self, record: dict) -> None:

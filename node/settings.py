@@ -1,4 +1,4 @@
-"""Models by name: loading them, and the default arguments that depend on which model it is."""
+"""Models by name: loading them; default arguments that depend on the model; the command line."""
 
 import argparse
 import os
@@ -29,7 +29,7 @@ def load_model(name: str, device: str | None = None):
 
 
 def check_length(name: str, config, tokens: int, argument: str) -> None:
-    """ValueError that names the argument if the model reads fewer than so many tokens."""
+    """ValueError, which names the argument, if `tokens` exceeds the model's maximum length."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", tokens)
     if tokens > longest:
         raise ValueError(f"{argument}: that takes {tokens} tokens, and {name} reads {longest} tokens at most")
@@ -48,7 +48,7 @@ def is_tiny(name: str) -> bool:
 
 
 def fill_defaults(args, defaults: dict[str, tuple], *models: str):
-    """The dataclass args, each of its fields that is None and in `defaults` filled in, and a line that says with what.
+    """A copy of args in which the fields that are None have their defaults, and a line that lists these defaults.
 
     defaults gives for a field the value for the tiny model, then the one for any other model.
     """
@@ -61,7 +61,7 @@ def fill_defaults(args, defaults: dict[str, tuple], *models: str):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """--help with one line of names for each option, and its default once, unless its own text says it."""
+    """--help that shows each option once, and its default unless the option's own text names it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default

@@ -16,7 +16,7 @@ from node import ranks
 def find_stale_weight(sampler, model, generator: torch.Generator, count: int = 8) -> str | None:
     """The name of a weight that differs between vLLM and the trainer, or None.
 
-    Compares the output head and count - 1 other tensors of vLLM's, chosen at random in each call; of a matrix, 64
+    Compares the output head and count - 1 other tensors of vLLM, chosen at random in each call; of a matrix, 64
     columns. The comparison is exact, because the trainer's numbers are cast to vLLM's type, as vLLM does. All ranks
     must call, with equal generators. A sampler without vLLM samples the trainer's own weights: None.
     """
@@ -28,18 +28,18 @@ def find_stale_weight(sampler, model, generator: torch.Generator, count: int = 8
         ranks.exit_with_error(
             f"vLLM names no weight of {type(model).__name__} as the trainer does: a reload could not be checked"
         )
-    stale = None
+    stale_weight = None
     for name, parts in _draw_pairs(pairs, generator, count):
-        trainers = torch.cat([ranks.gather_weight(weights[part]) for part in parts])
+        expected = torch.cat([ranks.gather_weight(weights[part]) for part in parts])
         columns = None
-        if trainers.ndim == 2:
-            columns = torch.randperm(trainers.shape[1], generator=generator)[:64].to(trainers.device)
-            trainers = trainers[:, columns]
-        samplers = sampler.llm.apply_model(partial(_read_weight, name=name, columns=columns))[0]
-        samplers = samplers[: len(trainers)]  # vLLM pads the vocabulary
-        if stale is None and not torch.equal(samplers, trainers.to(samplers.dtype)):
-            stale = name  # no return here: the other ranks go on to the next weight, and gather it together
-    return stale
+        if expected.ndim == 2:
+            columns = torch.randperm(expected.shape[1], generator=generator)[:64].to(expected.device)
+            expected = expected[:, columns]
+        actual = sampler.llm.apply_model(partial(_read_weight, name=name, columns=columns))[0]
+        actual = actual[: len(expected)]  # vLLM pads the vocabulary
+        if stale_weight is None and not torch.equal(actual, expected.to(actual.dtype)):
+            stale_weight = name  # no return here: the other ranks would wait in the next gather_weight
+    return stale_weight
 
 
 def comparable_weights(sampler, weights: dict[str, Tensor]) -> list[tuple[str, list[str]]]:
@@ -73,10 +73,10 @@ def _names(model) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def _read_weight(model, name: str, columns: Tensor | None) -> Tensor:
-    """Runs within vLLM: its weight of this name; of a matrix, those columns.
+    """Runs within vLLM: its weight of this name, or only some columns of it.
 
     Some kernels store the matrix in a packed format that we cannot read. So the layer is applied to unit vectors: the
-    result for e_j is column j. This is exact, because all other products are 0.
+    result for unit vector e_j is column j. This is exact, because all other products are 0.
     """
     parent, kind = name.rpartition(".")[::2]
     module = model.get_submodule(parent)

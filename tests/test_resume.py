@@ -87,7 +87,7 @@ def test_more_steps_may_be_added_and_nothing_else(tmp_path, capsys, uninterrupte
     run("--resume", tmp_path / "run", "--steps", 5)
     assert same(outcome(tmp_path / "run"), uninterrupted)
     assert node_run.read_args(train.Args(resume=str(tmp_path / "run"))).steps == 5, "and killed, it is to be resumed so"
-    with pytest.raises(SystemExit, match=r"--steps 2: .*has made 5 already"):
+    with pytest.raises(SystemExit, match=r"--steps 2: .*has already done 5 steps"):
         run("--resume", tmp_path / "run", "--steps", 2)
     capsys.readouterr()
     run("--resume", tmp_path / "run", "--dry_run")
