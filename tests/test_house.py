@@ -66,6 +66,11 @@ def test_the_laboratory_is_not_in_the_reference():
     assert not {(p.name, name) for p in outside for name in list_imports(p) if name.split(".")[0] in reserved}
 
 
+def test_the_paper_in_one_file_needs_no_other_of_ours_but_the_task():
+    ours = {p.stem for p in SOURCES} | {"node", "lab", "examples", "tests"}
+    assert set(list_imports(ROOT / "examples" / "minimal.py")) & ours <= {"tasks"}
+
+
 def test_import_train_loads_nothing_it_does_not_need():
     code = "import sys, train; print(*{name.split('.')[0] for name in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
