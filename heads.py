@@ -69,7 +69,7 @@ def split_heads(spans: Tensor, quantile: float = 0.3) -> tuple[Tensor, Tensor]:
         raise ValueError(f"quantile {quantile}: the two groups are disjoint, so it lies in (0, 0.5]")
     if spans.numel() < 2:
         raise ValueError(f"{spans.numel()} sampled head: a split into local and global needs two")
-    size = max(1, int(quantile * spans.numel() + 1e-6))  # 1e-6: 0.3 * 10 must not round down to 2
+    size = max(1, int(quantile * spans.numel() + 1e-6))  # 1e-6: 0.29 * 100 is 28.999999999999996
     order = spans.flatten().argsort(stable=True)
     is_local, is_global = torch.zeros(2, spans.numel(), dtype=torch.bool, device=spans.device)
     is_local[order[:size]] = True

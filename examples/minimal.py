@@ -162,7 +162,7 @@ def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
 
 def clipped_loss(logprobs: Tensor, old_logprobs: Tensor, shaped: Tensor, response: Tensor) -> Tensor:
     """Eq. 12-13, negated: a mean over tokens, then over responses. All [b,N]; shaped is A * gamma_t."""
-    rho = torch.where(response, logprobs - old_logprobs, 0.0).exp()  # [b,N], pi / pi_old
+    rho = (logprobs - old_logprobs).exp()  # [b,N], pi / pi_old of each token
     objective = torch.min(rho * shaped, rho.clamp(1 - EPSILON, 1 + EPSILON) * shaped)  # [b,N]
     return -((objective * response).sum(1) / response.sum(1)).mean()
 
@@ -205,9 +205,10 @@ def evaluate(model, tokenizer, problems: list) -> Tensor:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A tiny model learns Countdown by GRPO with attention-guided credit.")
-    rules = ["coupled", "local", "global", "uniform"]  # uniform: plain GRPO
-    parser.add_argument("--credit", choices=rules, default="coupled", help="which tokens get more (default: coupled)")
-    parser.add_argument("--steps", type=int, default=12, help="training steps (default: 12)")
+    rules = ["coupled", "local", "global", "uniform"]
+    text = "tokens that get more: preplan tokens (local), anchors (global), both (coupled, the default), none (uniform)"
+    parser.add_argument("--credit", choices=rules, default="coupled", help=text)
+    parser.add_argument("--steps", type=int, default=12, help="training steps, about 20 s each (default: 12)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems and the sampling (default: 0)")
     args = parser.parse_args(arguments)
     begin = time.time()

@@ -196,7 +196,7 @@ def test_chat_uses_the_template_and_plain_text_does_not(tmp_path, monkeypatch):
         (["--task", "countdown-tiny", "countdown", "--data", "x.jsonl"], "give one --task"),
         (["--out", "/proc/nothing/x.json"], "/proc/nothing"),
         (["--out", "results.txt"], "must end in .json"),
-        (["--out", "assets/tiny/config.json"], "holds no results"),
+        (["--out", "assets/tiny/config.json"], "is not a result file of eval.py"),
     ],
 )
 def test_bad_arguments_are_one_line_before_anything_starts(argv, message, monkeypatch):

@@ -191,6 +191,7 @@ def test_a_step_is_grpo_with_that_gamma(scale, tiny, monkeypatch):
         optimizer = torch.optim.SGD(model.parameters(), 0.1)  # Adam would blow up rounding errors
         if ours:
             reward, gamma_mean = minimal.train_step(model, tokenizer, optimizer, problems=problems, rule="coupled")
+            assert all(w.grad is None for w in model.parameters())  # nothing is left for the next step
         else:
             signals = metrics.observe(model, ids, response, attention_mask=real)
             gamma = credit.coupled_rhythm(signals.waad, signals.fai, response)
