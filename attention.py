@@ -5,23 +5,29 @@ log-sum-exp Z_t of that row's scores. With queries, keys and Z, any entry of the
 
     A[t,s] = exp(q_t . k_s * scale - Z_t)
 
-`recording(model, layers)` keeps queries, keys and Z of chosen layers during one ordinary forward pass. metrics.py
-computes WAAD and FAI from them. It works with transformers models whose layers use the library's attention interface
-(Qwen, Llama, Mistral, Gemma 3, ...), with grouped-query heads and sliding windows. Models with soft-capped scores,
-attention sinks, position biases, or values of another width than their queries are refused.
+`recording(model)` keeps queries, keys and Z of each layer, or of chosen ones, during one ordinary forward pass.
+metrics.py computes WAAD and FAI from them. This file has three parts:
 
-Files to copy: attention.py, heads.py, metrics.py, credit.py, grpo.py.
+    1. fused_attention, Recorded, map_block   attention with its log-sum-exp, and entries of the map from it
+    2. attend and below                       the same for models that change their scores: soft-caps, sinks
+    3. recording                              the hook into transformers; what it relies on is checked once per model
+
+It works with transformers models whose layers use the library's attention interface: nearly all of today's. Those it
+cannot work with are refused with a sentence that says why. Files to copy: attention.py, heads.py, metrics.py,
+credit.py, grpo.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.integrations.sdpa_attention import create_position_bias_mask
+
+# ---- 1. Attention with its log-sum-exp ----
 
 
 class Recorded(NamedTuple):
@@ -30,110 +36,222 @@ class Recorded(NamedTuple):
     query: Tensor  # [B,H,N,D], after rotary embedding
     key: Tensor  # [B,H_kv,N,D]; query head h uses key head h // (H / H_kv)
     scale: float
-    lse: Tensor  # [B,H,N] float32, the log-sum-exp Z_t of row t's scores
-    visible: Tensor | None  # [B or 1,1,N,N] bool, for sliding-window layers; None means causal
+    lse: Tensor | None  # [B,H,N] float32, the log-sum-exp Z_t of row t's scores
+    # As scaled_dot_product_attention takes it. None: causal. bool [B or 1,1,N,N]: true where a row sees a column, for
+    # sliding windows. Float [B or 1,H or 1,N,N]: added to the scores, for position biases.
+    attn_mask: Tensor | None
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap), in Gemma 2
+    sinks: Tensor | None = None  # [H], one more score in each row, whose attention goes nowhere, in gpt-oss
 
 
 def fused_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, scale: float, attn_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Torch's fused attention, with the log-sum-exp that scaled_dot_product_attention computes but does not return.
 
-    query [B,H,N,D]; key and value [B,H_kv,N,D]; visible as in Recorded. Returns (output [B,H,N,D], Z [B,H,N] float32).
-    Memory is linear in N, except for `visible` and a copy of it. The CUDA branches have never been run.
+    query [B,H,N,D]; key [B,H_kv,N,D]; value [B,H_kv,N,V]; attn_mask as in Recorded. Returns (output [B,H,N,V],
+    Z [B,H,N] float32). Memory is linear in N, except for attn_mask and a copy of it. The CUDA branch has never been
+    run.
     """
-    if query.device.type == "cpu":
-        bias = None if visible is None else _attention_bias(query, visible)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, visible is None, attn_mask=bias, scale=scale
-        )
+    # The kernels want values as wide as keys, and on CUDA widths in multiples of 8. Columns of zeros change no score.
+    value_width = value.shape[-1]
+    width = max(query.shape[-1], value_width)
+    if query.device.type == "cuda":
+        width = -(-width // 8) * 8
+    query, key, value = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
 
+    if query.device.type == "cpu":
+        bias = None if attn_mask is None else _score_bias(query, attn_mask)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, attn_mask is None, attn_mask=bias, scale=scale
+        )
+    else:
+        out, lse = _fused_attention_on_cuda(query, key, value, scale, attn_mask)
+    return out[..., :value_width], lse
+
+
+def _fused_attention_on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     # The CUDA kernels do not support grouped-query attention: repeat each key head for its query heads.
     heads_per_key = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(heads_per_key, 1), value.repeat_interleave(heads_per_key, 1)
 
-    # Causal attention in 16 bits: the flash kernel.
-    if visible is None and query.dtype in (torch.float16, torch.bfloat16):
+    # Causal attention in 16 bits, up to a width of 256: the flash kernel.
+    if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256:
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)[:2]
 
-    # All else (float32, sliding windows): the memory-efficient kernel.
+    # All else (float32, sliding windows, wider heads): the memory-efficient kernel.
     bias = None
-    if visible is not None:
-        bias = _attention_bias(query, visible).expand(*query.shape[:3], key.shape[2])
+    if attn_mask is not None:
+        bias = _score_bias(query, attn_mask).expand(*query.shape[:3], key.shape[2])
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, True, 0.0, visible is None, scale=scale
+        query, key, value, bias, True, 0.0, attn_mask is None, scale=scale
     )
     return out, lse[..., : query.shape[2]]  # this kernel pads the rows to a multiple of 32
 
 
-def _attention_bias(query: Tensor, visible: Tensor) -> Tensor:
-    """0 where a row sees a column, -inf elsewhere. Rows are stored in multiples of 8, as the CUDA kernel requires."""
-    n = visible.shape[-1]
-    stored = query.new_zeros(*visible.shape[:-1], -(-n // 8) * 8)
-    return stored[..., :n].masked_fill_(~visible, -torch.inf)
+def _score_bias(query: Tensor, attn_mask: Tensor) -> Tensor:
+    """What attn_mask adds to the scores: -inf where bool is false. Rows are stored in multiples of 8, as CUDA needs."""
+    n = attn_mask.shape[-1]
+    bias = query.new_zeros(*attn_mask.shape[:-1], -(-n // 8) * 8)[..., :n]
+    return bias.masked_fill_(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else bias.copy_(attn_mask)
+
+
+def map_block(layer: Recorded, head: Tensor, rows: slice, columns: slice) -> Tensor:
+    """A rectangle of some heads' maps, A[b,h,t,s]: [B,heads,rows,columns] float32.
+
+    head: [heads], their numbers; rows, columns: slices with a start and a stop.
+    """
+    return _score_block(layer, head, rows, columns).sub_(layer.lse[:, head, rows, None]).exp_()
+
+
+def _score_block(layer: Recorded, head: Tensor, rows: slice, columns: slice) -> Tensor:
+    """The scores that the softmax is taken of, -inf where a row does not see a column. As map_block otherwise."""
+    query = layer.query[:, :, rows][:, head]  # [B,heads,rows,D]: copies of a block, never of all N
+    key = layer.key[:, :, columns][:, head // (layer.query.shape[1] // layer.key.shape[1])]  # [B,heads,columns,D]
+    with torch.autocast(query.device.type, enabled=False):  # bfloat16 is not precise enough here
+        scores = (query.float() @ key.float().mT).mul_(layer.scale)
+    if layer.softcap is not None:
+        scores = layer.softcap * torch.tanh(scores / layer.softcap)
+
+    if layer.attn_mask is None:
+        t = torch.arange(rows.start, rows.stop, device=scores.device)
+        s = torch.arange(columns.start, columns.stop, device=scores.device)
+        return scores.masked_fill_(t[:, None] < s, -torch.inf)
+    mask = layer.attn_mask[:, :, rows, columns]
+    if mask.shape[1] > 1:
+        mask = mask[:, head]
+    return scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
 
 
 def attention_maps(layer: Recorded) -> Tensor:
     """One layer's maps A [B,H,N,N], float32. For inspection only: they take O(N²) memory, which WAAD and FAI avoid."""
-    n = layer.query.shape[2]
-    key = layer.key.repeat_interleave(layer.query.shape[1] // layer.key.shape[1], 1).float()  # [B,H,N,D]
-    visible = layer.visible
-    if visible is None:
-        visible = torch.ones(n, n, dtype=torch.bool, device=key.device).tril()
-    scores = layer.query.float() @ key.mT * layer.scale - layer.lse[..., None]  # [B,H,N,N]
-    return scores.masked_fill(~visible, -torch.inf).exp()
+    everything = slice(0, layer.query.shape[2])
+    return map_block(layer, torch.arange(layer.query.shape[1], device=layer.query.device), everything, everything)
 
 
-# ---- recording ----
-# transformers looks up a model's attention function by name. We register one more, "recording". While recording() is
-# active the model uses it: in the chosen layers it runs fused attention and keeps query, key and Z; in the others it
-# runs transformers' own sdpa attention. The output is the same in both cases.
-
-_recorded: dict[int, Recorded | None] = {}  # by layer number; recording() says which layers, _attend fills them in
+# ---- 2. The same for models that change their scores ----
 
 
-def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """The attention function that transformers calls in each layer while recording() is active."""
-    plain = not any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
-    if not plain or query.shape[-1] != value.shape[-1]:
-        raise ValueError(
-            f"{type(module).__name__} soft-caps its scores, or has attention sinks, position biases or values of "
-            "another width than its queries. WAAD and FAI cannot be taken from it: only uniform credit is possible"
-        )
-    layer = getattr(module, "layer_idx", None)
-    if layer not in _recorded:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation makes these two float32
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out, lse = fused_attention(query, key, value, scale, attention_mask)
-    _recorded[layer] = Recorded(query, key, scale, lse, attention_mask)
-    return out.transpose(1, 2).contiguous(), None  # [B,N,H,D], and no map
+def attend(layer: Recorded, value: Tensor) -> tuple[Tensor, Tensor]:
+    """fused_attention with a layer's queries, keys, soft-cap and sinks. Returns (output [B,H,N,V], Z [B,H,N]).
+
+    layer.lse is not read. value [B,H_kv,N,V].
+    """
+    if layer.softcap is None:
+        out, lse = fused_attention(layer.query, layer.key, value, layer.scale, layer.attn_mask)
+    else:
+        out, lse = _capped_attention(layer, value)
+    if layer.sinks is not None:
+        # A sink is one more score in the softmax, whose value is 0: all other weights shrink by the same factor.
+        with_sink = torch.logaddexp(lse, layer.sinks.float()[:, None])
+        out = out * (lse - with_sink).exp()[..., None].to(out.dtype)
+        lse = with_sink
+    return out, lse
 
 
-AttentionInterface.register("recording", _attend)
-# Without this line sliding-window layers would get no mask at all and attend to everything.
-AttentionMaskInterface.register("recording", sdpa_mask)
+def _capped_attention(layer: Recorded, value: Tensor, height: int = 256) -> tuple[Tensor, Tensor]:
+    """attend for soft-capped scores, in blocks of `height` rows: no fused kernel soft-caps and returns Z."""
+    n, head = layer.query.shape[2], torch.arange(layer.query.shape[1], device=value.device)
+    value = value.repeat_interleave(len(head) // value.shape[1], 1)
+    out, lse = [], []
+    for top in range(0, n, height):
+        scores = _score_block(layer, head, slice(top, min(top + height, n)), slice(0, n))  # [B,H,rows,N]
+        lse.append(scores.logsumexp(-1))
+        out.append(scores.softmax(-1).to(value.dtype) @ value)
+    return torch.cat(out, 2), torch.cat(lse, 2)
+
+
+def row_sums(layer: Recorded, head: Tensor, rows: slice = slice(None)) -> Tensor:
+    """What rows of some heads' maps sum to: 1, or less with sinks, which take the rest. [B,heads,rows]"""
+    lse = layer.lse[:, head, rows]
+    if layer.sinks is None:
+        return torch.ones_like(lse)
+    return 1 - (layer.sinks.float()[head, None] - lse).exp()
+
+
+def choose_heads(layer: Recorded, head: Tensor) -> Recorded:
+    """The layer with only these heads, [heads] numbers, each with keys of its own."""
+    mask = layer.attn_mask
+    return layer._replace(
+        query=layer.query[:, head],
+        key=layer.key[:, head // (layer.query.shape[1] // layer.key.shape[1])],
+        lse=layer.lse[:, head],
+        attn_mask=mask[:, head] if mask is not None and mask.shape[1] > 1 else mask,
+        sinks=None if layer.sinks is None else layer.sinks[head],
+    )
+
+
+# ---- 3. Recording ----
+# transformers looks up a model's attention function by a name in its config: "sdpa" for nearly all, "eager" for the few
+# that do not support sdpa. While recording() is active, that name stands for a function that runs attention and keeps
+# query, key and Z of the chosen layers. The output is the same.
+
+
+NO_CREDIT = "WAAD and FAI cannot be taken from it: only --credit uniform is possible"
 
 
 @contextmanager
-def recording(model, layers: list[int]) -> Iterator[dict[int, Recorded]]:
-    """Record chosen layers: yields a dict {layer: None}, which a forward pass without gradient fills with Recorded.
+def recording(model, layers: list[int] | None = None) -> Iterator[dict[int, Recorded]]:
+    """Record layers: yields a dict {layer: None}, which one forward pass without gradient fills with Recorded.
 
-    At exit the model gets its own attention back. Raises ValueError there if a layer was not recorded, because the
-    model does not use transformers' attention interface in it.
+    layers: None records all that have softmax attention; the dict is empty at first. At exit the model has its own
+    attention back. Raises ValueError for attention that cannot be recorded, and at exit if a layer was not recorded.
+    Not for two threads at once.
     """
-    global _recorded
     model = getattr(model, "module", model)  # DDP's own model
-    own_attention, recorded = model.config._attn_implementation, dict.fromkeys(layers)
+    own_name, name = model.config._attn_implementation, "sdpa" if model._supports_sdpa else "eager"
+    functions = AttentionInterface._global_mapping
+    own_function = functions.get(name)  # None for "eager": each model has its own, as the default
+    recorded: dict[int, Recorded | None] = dict.fromkeys(layers or [])
     try:
-        model.set_attn_implementation("recording")
-        _recorded = recorded
+        if own_name != name:
+            model.set_attn_implementation(name)
+        functions[name] = _recording_function(recorded, layers is None, own_function)
         yield recorded
-        if missing := [layer for layer, r in recorded.items() if r is None]:
+        if missing := [layer for layer, found in recorded.items() if found is None]:
+            raise ValueError(f"{type(model).__name__} showed no softmax attention in layers {missing}. {NO_CREDIT}")
+        if not recorded:
             raise ValueError(
-                f"{type(model).__name__} showed no attention in layers {missing}. WAAD and FAI need softmax attention "
-                "that goes through transformers' attention interface: only uniform credit is possible"
+                f"{type(model).__name__} has no layer with softmax attention that goes through transformers' attention "
+                f"interface. {NO_CREDIT}"
             )
     finally:
-        _recorded = {}
-        model.set_attn_implementation(own_attention)
+        if own_function:
+            functions[name] = own_function
+        else:
+            functions.pop(name, None)
+        if own_name != name:
+            model.set_attn_implementation(own_name)
+
+
+def _recording_function(recorded: dict, every_layer: bool, own_function: Callable | None) -> Callable:
+    """The attention function that transformers calls in each layer while recording() is active."""
+
+    def attend_and_record(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        number = getattr(module, "layer_idx", None)
+        is_chosen = isinstance(number, int) and (every_layer or number in recorded)
+        if not is_chosen and own_function:
+            return own_function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+        layer = f"layer {number} ({type(module).__name__})"
+        is_causal = kwargs.get("is_causal")
+        if attention_mask is None and not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+            raise ValueError(f"{layer} attends to later tokens: GRPO and its credit need a causal model")
+        if key.shape[2] != query.shape[2]:
+            raise ValueError(f"{layer} attends to {key.shape[2]} places from {query.shape[2]} tokens. {NO_CREDIT}")
+        if is_chosen and recorded.get(number) is not None:
+            raise ValueError(f"{layer} attends twice in one pass, so a token has no single row of A. {NO_CREDIT}")
+
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation makes these two float32
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if kwargs.get("position_bias") is not None:
+            attention_mask = create_position_bias_mask(kwargs["position_bias"], attention_mask, True, query, key)
+        found = Recorded(query, key, scale, None, attention_mask, kwargs.get("softcap"), kwargs.get("s_aux"))
+        out, lse = attend(found, value)
+        if is_chosen:
+            recorded[number] = found._replace(lse=lse)
+        return out.transpose(1, 2).contiguous(), None  # [B,N,H,D], and no map
+
+    return attend_and_record

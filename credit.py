@@ -1,12 +1,12 @@
 """gamma_t: the factor on each token's advantage (Eq. 14-19). Three credits by attention, and controls.
 
-A preplan token is a token just before WAAD jumps, a member of T_loc: there a chunk of text ends and the next one
-begins. An anchor is a token with high FAI, a member of T_glob: later tokens keep looking at it. The credits give some
-of these tokens gamma > 1 and all others gamma = 1.
+A preplan token is a token just before WAAD jumps, up or down, a member of T_loc: there a chunk of text ends. An anchor
+is a token with high FAI, a member of T_glob: later tokens keep looking at it. The credits give some of these tokens
+gamma > 1 and all others gamma = 1.
 
-All functions take [B,N] tensors and mask [B,N] bool, which marks the response tokens. They look at each response alone.
-They return gamma [B,N] float32, which is 1 outside the mask. q is the share of tokens to credit, amp is the paper's
-gamma_amp. Only torch is needed. assign_credit at the end chooses a credit by its name.
+All functions take [B,N] tensors and mask [B,N] bool, which marks the response tokens. They look at each response alone,
+except `scaled`. They return gamma [B,N] float32, which is 1 outside the mask. q is the share of tokens to credit, amp
+is the paper's gamma_amp. Only torch is needed. assign_credit at the end chooses a credit by its name.
 
 The paper leaves some things open. Our readings (coupled_rhythm explains the symbols):
 
@@ -88,7 +88,7 @@ def coupled_rhythm(
 
     The bonus of an anchor is amp - 1. An anchor t is locally dominated (t in D) if its own WAAD is low,
     WAAD_t <= tau_waad, and one of the k tokens before it has a large Delta, >= tau_delta. A dominated anchor keeps the
-    share 1 - alpha of its bonus. The share alpha goes to its intro, the preplan token with that large Delta.
+    share 1 - alpha of its bonus. The share alpha goes to its intro, the token with that large Delta.
 
         gamma_t = 1 + (amp-1) [t is an anchor, not in D] + (1-alpha)(amp-1) [t in D] + alpha (amp-1) [t is an intro]
 
@@ -123,7 +123,7 @@ class Coupled(NamedTuple):
 def coupled_parts(waad: Tensor, fai: Tensor, mask: Tensor, q: float = 0.4, k: int = 3, lowest: bool = False) -> Coupled:
     """Eq. 18: which tokens are preplan tokens, which are anchors, which anchors are dominated, and their intros."""
     if k < 1:
-        raise ValueError(f"k = {k}: an intro is looked for among one or more tokens before its anchor")
+        raise ValueError(f"k = {k}: the intro is one of the k tokens before its anchor, so k must be 1 or more")
     sign = -1 if lowest else 1
     delta = sign * waad_change(waad, mask)
     t_loc = top_q(delta, mask, q)
@@ -211,10 +211,10 @@ def assign_credit(
     """gamma [B,N] of the credit with this name, one of CREDITS, or of a function of your own.
 
     To add a credit: write a function above, its name into CREDITS (and into NEED_ATTENTION if it reads WAAD or FAI),
-    and a case below. For example, "surprise" credits the tokens that were least probable:
+    and a case below, before `case str()`. For example, "surprise" credits the tokens that were least probable:
 
         case "surprise":
-            gamma = high_entropy(-signals.logprobs, mask, q, amp, lowest)
+            gamma = 1 + (amp - 1) * top_q(-signals.logprobs, mask, q)
 
     Without changing this file: give a function in place of the name. It is called with everything that there is by
     keyword, credit(signals=, mask=, input_ids=, q=, amp=, alpha=, k=, lowest=, generator=, **more).

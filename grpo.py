@@ -116,18 +116,16 @@ def token_logprobs(model, input_ids: Tensor, mask: Tensor, entropy: bool = False
     if mask[:, 0].any():
         raise ValueError("mask marks token 0, which nothing comes before: every response needs a prompt")
     inner = getattr(model, "module", model)  # DDP's own model
-    softcap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)  # Gemma's
+    decoder = find_decoder(inner)
 
     def score_states(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = inner.get_output_embeddings()(states)  # [tokens,V]
-        if softcap:
-            logits = softcap * torch.tanh(logits.float() / softcap)
-        return logprob_and_entropy(logits, ids, entropy)
+        return logprob_and_entropy(logits_of_states(inner, decoder, states), ids, entropy)
 
     def forward() -> tuple[Tensor, Tensor | None]:
-        hidden = inner.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]  # [B,N-1,d]
-        states, ids = hidden[mask[:, 1:]], input_ids[mask]  # [tokens,d], [tokens]: the state that produced each token
-        size = max(1, CHUNK // inner.get_output_embeddings().weight.shape[0])
+        # The state at t-1 produced token t: leave out the last state, and shift the mask by one.
+        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]  # [B,N-1,d]
+        states, ids = hidden[mask[:, 1:]], input_ids[mask]  # [tokens,d], [tokens]
+        size = max(1, CHUNK // inner.config.get_text_config().vocab_size)
         if len(ids) <= size:
             return score_states(states, ids)
         parts = [
@@ -142,6 +140,38 @@ def token_logprobs(model, input_ids: Tensor, mask: Tensor, entropy: bool = False
     return zero.masked_scatter(mask, logprobs), zero.masked_scatter(mask, entropies) if entropy else None
 
 
+def find_decoder(model):
+    """The part of a transformers model that makes hidden states from tokens."""
+    decoder = model.get_decoder()
+    if decoder is model:  # Llama 4 does not name it: it is the part that has the embedding
+        decoder = next(part for part in model.children() if hasattr(part, "get_input_embeddings"))
+    return decoder
+
+
+def logits_of_states(model, decoder, states: Tensor) -> Tensor:
+    """The logits [tokens,V] that the model makes from hidden states [tokens,d].
+
+    Models differ in what they do there: some scale the logits, cap them, or transform the states first. So we call the
+    model's own forward, whose decoder returns the given states instead of computing them.
+    """
+    own = decoder.__dict__.get("forward")
+    decoder.forward = lambda *_, **__: DecoderOutput([states[None]])
+    try:
+        no_ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)  # nobody looks at them
+        return type(model).forward(model, input_ids=no_ids).logits[0]
+    finally:
+        _put_back(decoder, own)
+
+
+class DecoderOutput(tuple):
+    """What a decoder returns: the hidden states [1,tokens,d], and None for all else that it might return."""
+
+    last_hidden_state = property(lambda self: self[0])
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 def _call_as_forward(model, inner, forward: Callable):
     """forward(), called as the model's own forward pass.
 
@@ -154,14 +184,19 @@ def _call_as_forward(model, inner, forward: Callable):
     try:
         return model()
     finally:
-        if own is None:
-            del inner.forward
-        else:
-            inner.forward = own
+        _put_back(inner, own)
 
 
-def check_head(model) -> None:
-    """Raise ValueError if the model changes its logits (scales them, say) in a way token_logprobs does not know."""
+def _put_back(module, own: Callable | None) -> None:
+    """Undo `module.forward = ...`."""
+    if own is None:
+        del module.forward
+    else:
+        module.forward = own
+
+
+def check_logits(model) -> None:
+    """Raise ValueError if token_logprobs does not give the log-probs of the model's own logits."""
     ids = torch.tensor([[0, 1, 2, 3]], device=next(model.parameters()).device)
     with torch.no_grad():
         ours = token_logprobs(model, ids, ids > 0)[0][:, 1:]
@@ -169,7 +204,10 @@ def check_head(model) -> None:
         own, own_dtype = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0], logits.dtype
     tolerance = 1e-2 if own_dtype == torch.float32 else 0.3
     if not torch.allclose(ours, own, atol=tolerance):
-        raise ValueError(f"{type(model).__name__} changes its logits after the output head: grpo.py cannot score it")
+        raise ValueError(
+            f"{type(model).__name__} cannot be trained here: the log-probs of grpo.token_logprobs differ from those of "
+            f"the model's own logits by {(ours - own).abs().max():.2g}"
+        )
 
 
 def micro_batches(mask: Tensor, rows: Tensor, tokens: int) -> list[tuple[Tensor, int]]:

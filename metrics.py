@@ -10,19 +10,21 @@ This file has four parts:
 
     1. waad, fai: the definitions, on full maps [N,N]. Short and slow; the tests compare all else with them.
     2. observe, measure_heads: what a trainer calls: four numbers per token from one forward pass; the head split.
+       softmax_layers: finds the layers to look at, and checks a model before its numbers are trusted.
     3. streamed_waad, streamed_fai, streamed_spans: the same without any map, in memory that is linear in N.
     4. right_padding: for batches that are padded on the left.
 """
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from attention import Recorded, fused_attention, recording
-from grpo import micro_batches, token_logprobs
-from heads import Heads, middle_layers, split_heads
+from attention import Recorded, attend, attention_maps, choose_heads, map_block, recording, row_sums
+from grpo import check_logits, micro_batches, token_logprobs
+from heads import Heads, layer_range, split_heads
 
 # ---- 1. The definitions ----
 
@@ -101,8 +103,8 @@ def observe(
         - with FSDP2, call model.reshard() before making an optimizer or a state dict, because a pass without gradient
           leaves the root's weights gathered.
 
-    Raises ValueError for an attention_mask with holes, for a model whose attention cannot be recorded, and for heads
-    that were measured on a batch without response tokens.
+    Raises ValueError for an attention_mask with holes, for a model whose attention cannot be recorded (softmax_layers
+    says what is checked, once per model), and for heads that were measured on a batch without response tokens.
     """
     if attention_mask is not None:
         places = right_padding(attention_mask, mask)
@@ -111,6 +113,7 @@ def observe(
         back = [torch.zeros(mask.shape, device=mask.device).scatter(1, places, x) for x in shifted]
         return Signals(*back, heads)
 
+    softmax_layers(model, input_ids, score)
     if heads is None:
         heads = measure_heads(model, input_ids, mask, score=score)
     elif not heads.spans.isfinite().all():
@@ -132,19 +135,24 @@ def measure_heads(
     model,
     input_ids: Tensor,
     mask: Tensor,
-    layers: list[int] | None = None,
+    layers: list[int] | str = "middle",
     quantile: float = 0.3,
     micro_tokens: int | None = None,
     score: Callable[..., tuple[Tensor, Tensor]] = token_logprobs,
 ) -> Heads:
     """Eq. 7 and the split, measured on a batch of right-padded rows: forward passes without gradient, no map.
 
-    layers: the sampled layers (default: five of the middle third). quantile: the share of heads in each group.
+    layers: the sampled layers, as numbers; or the part of the model to take five from, see heads.layer_range. Only
+    layers with softmax attention count: of a hybrid model with 12 of them, "middle" takes five of the 5th to 9th.
+    quantile: the share of heads in each group.
     micro_tokens: tokens in one pass, padding included (default: the whole batch in one pass).
+
+    Raises ValueError for a model whose attention cannot be recorded, and for sampled layers with different numbers of
+    heads.
     """
-    if layers is None:
-        config = getattr(model, "module", model).config  # DDP's own model
-        layers = middle_layers(config.get_text_config().num_hidden_layers)
+    if isinstance(layers, str):
+        with_softmax = softmax_layers(model, input_ids, score)
+        layers = [with_softmax[i] for i in layer_range(len(with_softmax), layers)]
     passes = [(torch.arange(len(mask), device=mask.device), mask.shape[1])]
     if micro_tokens is not None:
         passes = micro_batches(mask, passes[0][0], micro_tokens)
@@ -154,9 +162,67 @@ def measure_heads(
         ids, response = input_ids[rows, :width], mask[rows, :width]
         with torch.no_grad(), recording(model, layers) as recorded:
             score(model, ids, response, entropy=True)
+        counts = [recorded[layer].query.shape[1] for layer in layers]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"layers {layers} have {counts} heads: spans are compared between layers with equally many"
+            )
         of_this_pass = torch.stack([streamed_spans(recorded[layer], response) for layer in layers])
         spans = spans + of_this_pass * response.sum() / mask.sum()
     return Heads(layers, spans, *split_heads(spans, quantile))
+
+
+_softmax_layers: WeakKeyDictionary = WeakKeyDictionary()  # of each model that was checked
+
+
+def softmax_layers(model, input_ids: Tensor, score: Callable = token_logprobs) -> list[int]:
+    """The numbers of the model's layers with softmax attention, found in a pass over a few tokens.
+
+    The first call for a model also checks what WAAD and FAI rely on, in three more short passes. It raises ValueError
+    unless
+
+        - token_logprobs gives the log-probs of the model's own logits;
+        - no token's distribution depends on later tokens;
+        - the model computes the same while it is recorded;
+        - each row of a recorded map sums to 1, or with a sink to a little less.
+    """
+    inner = getattr(model, "module", model)  # DDP's own model
+    if inner in _softmax_layers:
+        return _softmax_layers[inner]
+    name = type(inner).__name__
+    if score is token_logprobs:
+        check_logits(model)
+
+    # Two rows that differ in their last token only.
+    ids = input_ids[:1, :64].repeat(2, 1)
+    ids[1, -1] = (ids[1, -1] + 1) % inner.config.get_text_config().vocab_size
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 0] = False
+    with torch.no_grad():
+        own_logprobs, own_entropy = score(model, ids, mask, entropy=True)
+        with recording(model) as recorded:
+            logprobs, entropy = score(model, ids, mask, entropy=True)
+
+    exact = all(layer.query.dtype == torch.float32 for layer in recorded.values())
+    tolerance = 1e-2 if exact else 0.3  # two ways to compute a log-prob differ by so much in bfloat16
+    if (own_entropy[0] - own_entropy[1]).abs().max() > tolerance:
+        raise ValueError(f"{name}: a token's distribution depends on later tokens, so the model is not causal")
+    apart = torch.stack([own_logprobs - logprobs, own_entropy - entropy]).abs().max()
+    if apart > tolerance:
+        raise ValueError(
+            f"{name} does something in its attention that attention.recording does not know: log-probs differ by "
+            f"{apart:.2g} with it. Only --credit uniform is possible"
+        )
+    for number, layer in recorded.items():
+        every_head = torch.arange(layer.query.shape[1], device=ids.device)
+        wrong = (attention_maps(layer).sum(-1) - row_sums(layer, every_head)).abs().max()
+        if wrong > 0.05:
+            raise ValueError(
+                f"{name}, layer {number}: rows of attention, from its queries, keys and log-sum-exp, sum to 1 ± "
+                f"{wrong:.2g}. The kernel returns another log-sum-exp: use the pinned torch, or --credit uniform"
+            )
+    _softmax_layers[inner] = sorted(recorded)
+    return _softmax_layers[inner]
 
 
 # ---- 3. The same without maps ----
@@ -179,7 +245,8 @@ def measure_heads(
 #     WAAD_t = sum_s A[t,s] min(t-s, W) = W sum_s A[t,s] - sum_s A[t,s] max(W - (t-s), 0)
 #            = W - sum over t-s < W of (W - (t-s)) A[t,s]
 #
-# So the last W columns are enough. A span needs the whole row, but it is an attention output: see streamed_spans.
+# So the last W columns are enough. (With attention sinks, as in gpt-oss, a row sums to less: row_sums knows to what.)
+# A span needs the whole row. One more attention call computes it, with positions as values: see streamed_spans.
 
 ChosenHeads = list[tuple[Recorded, Tensor]]  # recorded layers, each with the heads to look at, [H] bool
 
@@ -192,15 +259,16 @@ class Block(NamedTuple):
     columns: slice
     distance: Tensor  # [rows,columns], t - s
     attention: Tensor  # [B,heads,rows,columns], A; 0 where s > t
+    row_sum: Tensor  # [B,heads,rows], the sum of each whole row: 1, or with sinks less
 
 
 def streamed_waad(heads: ChosenHeads, mask: Tensor, window: int = 10) -> Tensor:
     """Eq. 9 of each chosen head, from the band t - s < W. Returns [B,heads,N]."""
-    near = torch.zeros(len(mask), _count(heads), mask.shape[1], device=mask.device)  # sum of (W - (t-s)) A[t,s]
+    result = torch.zeros(len(mask), _count(heads), mask.shape[1], device=mask.device)
     for block in _band_blocks(heads, mask, reach=window - 1):
-        weight = (window - block.distance).clamp(0, window)
-        near[:, block.heads, block.rows] = (block.attention * weight).sum(-1)
-    return torch.where(mask[:, None], window - near, 0.0)
+        weight = (window - block.distance).clamp(0, window)  # W - (t-s)
+        result[:, block.heads, block.rows] = window * block.row_sum - (block.attention * weight).sum(-1)
+    return torch.where(mask[:, None], result, 0.0)
 
 
 def streamed_fai(heads: ChosenHeads, mask: Tensor, horizon: tuple[int, int | None] = (10, 100)) -> Tensor:
@@ -245,10 +313,14 @@ def _received_to_the_end(heads: ChosenHeads, mask: Tensor, low: int) -> Tensor:
     for layer, chosen in heads:
         if not chosen.any():  # the fused kernel crashes on an empty batch
             continue
-        query, key = (x.float() for x in _of_heads(layer, chosen.nonzero()[:, 0]))
+        if layer.softcap is not None:  # no fused kernel: take whole rows, in blocks
+            column_sums.append(_received_in_band([(layer, chosen)], mask, 0, mask.shape[1]))
+            continue
+        few = choose_heads(layer, chosen.nonzero()[:, 0])
+        few = few._replace(query=few.query.float(), key=few.key.float())
         with torch.enable_grad():
-            value = torch.zeros_like(key, requires_grad=True)
-            out, _ = fused_attention(query, key, value, layer.scale, layer.visible)
+            value = torch.zeros_like(few.key, requires_grad=True)
+            out, _ = attend(few, value)
             upstream = torch.zeros_like(out)
             upstream[..., 0] = mask[:, None]
             (gradient,) = torch.autograd.grad(out, value, upstream)
@@ -269,11 +341,9 @@ def streamed_spans(layer: Recorded, mask: Tensor) -> Tensor:
     s = torch.arange(mask.shape[1], device=mask.device)
     fine, coarse = s % 256, s // 256
     values = torch.stack([torch.ones_like(s), fine, coarse], -1).float()  # [N,3]
-    key = layer.key.float()
-    values = torch.nn.functional.pad(values, (0, key.shape[-1] - 3)).expand_as(key)  # as wide as a key: [B,H_kv,N,D]
-    out, _ = fused_attention(layer.query.float(), key, values, layer.scale, layer.visible)
-
-    weight, mean_fine, mean_coarse = out[..., :3].unbind(-1)  # [B,H,N] each
+    query, key = layer.query.float(), layer.key.float()
+    out, _ = attend(layer._replace(query=query, key=key), values.expand(*key.shape[:3], 3))
+    weight, mean_fine, mean_coarse = out.unbind(-1)  # [B,H,N] each
     distance = (weight * fine - mean_fine) + 256 * (weight * coarse - mean_coarse)
     return (distance.double() * mask[:, None]).sum((0, 2)).float() / mask.sum()
 
@@ -290,25 +360,13 @@ def _band_blocks(heads: ChosenHeads, mask: Tensor, reach: int) -> Iterator[Block
             continue
         of_layer = slice(first_head, first_head + len(index))
         first_head = of_layer.stop
-        lse = layer.lse[:, index, :, None]  # [B,heads,N,1]
         for top in range(first_row, n, height):
             rows = slice(top, min(top + height, n))
             columns = slice(max(0, top - reach), rows.stop)
             t = torch.arange(rows.start, rows.stop, device=mask.device)
             s = torch.arange(columns.start, columns.stop, device=mask.device)
-            distance = t[:, None] - s
-            visible = distance >= 0 if layer.visible is None else layer.visible[:, :, rows, columns]
-            query, key = _of_heads(layer, index, rows, columns)  # copies of a block, never of all N
-            with torch.autocast(query.device.type, enabled=False):  # bfloat16 is not precise enough here
-                scores = (query.float() @ key.float().mT).mul_(layer.scale).sub_(lse[:, :, rows])
-            attention = scores.masked_fill_(~visible, -torch.inf).exp_()
-            yield Block(of_layer, rows, columns, distance, attention)
-
-
-def _of_heads(layer: Recorded, index: Tensor, rows=slice(None), columns=slice(None)) -> tuple[Tensor, Tensor]:
-    """Queries [B,heads,rows,D] of the heads numbered index, and for each of them its keys [B,heads,columns,D]."""
-    heads_per_key = layer.query.shape[1] // layer.key.shape[1]
-    return layer.query[:, :, rows][:, index], layer.key[:, :, columns][:, index // heads_per_key]
+            attention = map_block(layer, index, rows, columns)
+            yield Block(of_layer, rows, columns, t[:, None] - s, attention, row_sums(layer, index, rows))
 
 
 def _count(heads: ChosenHeads) -> int:

@@ -43,7 +43,7 @@ import tasks
 from credit import CREDITS, NEED_ATTENTION, assign_credit
 from eval import evaluate
 from grpo import group_advantages, micro_batches, shape_advantages, share_passes, token_logprobs, update
-from heads import Heads, layer_range
+from heads import Heads
 from metrics import Signals, measure_heads, observe
 from node import checkpoint, precision, prepare, ranks
 from node.run import DYNAMIC_BATCHES, Clock, Run
@@ -120,7 +120,7 @@ class Args:
         default_factory=lambda: [10, 100], help="H_lo and H_hi of FAI; H_lo alone means to the end of the response."
     )
     layers: Literal["middle", "bottom", "top", "all"] = HfArg(
-        default="middle", help="Part of the model that the five layers are taken from."
+        default="middle", help="Part of the model's softmax layers that the five are taken from."
     )
     head_quantile: float = HfArg(default=0.3, help="Share of the sampled heads in the local and in the global group.")
     heads_every: int = HfArg(default=10, help="Steps between two measurements of the head split.")
@@ -194,14 +194,25 @@ def split_into_local_and_global(args: Args, model, input_ids: Tensor, mask: Tens
 
     All ranks measure the same rows, so all get the same split.
     """
-    layers = layer_range(model.config.get_text_config().num_hidden_layers, args.layers)
     heads = measure_heads(
-        model, input_ids, mask, layers=layers, quantile=args.head_quantile, micro_tokens=args.micro_tokens
+        model, input_ids, mask, layers=args.layers, quantile=args.head_quantile, micro_tokens=args.micro_tokens
     )
     if args.all_heads:
         all_of_them = torch.ones_like(heads.is_local)
         heads = heads._replace(is_local=all_of_them, is_global=all_of_them)
     return heads
+
+
+def rows_to_score(advantages: Tensor, order: Tensor, at_least: int) -> Tensor:
+    """The numbers of the rows whose advantage is not 0, in this order. If there is none, a few others: see below."""
+    rows = order[advantages[order] != 0]
+    # A step without any gradient still logs how far sampler and trainer differ (gap_mean). That takes some rows.
+    return rows if len(rows) else order[:at_least]
+
+
+def importance_weights(trainer_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """--tis_cap, truncated importance sampling: trainer over sampler probability of each token, at most cap. [B,N]"""
+    return (trainer_logprobs - sampler_logprobs).exp().clamp(max=cap)
 
 
 def score(args: Args, model, input_ids: Tensor, mask: Tensor, rows: Tensor, heads: Heads | None) -> Signals:
@@ -258,9 +269,7 @@ def train_step(
 
     # 3. Advantages inside each group (Eq. 6). Rows with advantage 0 have gradient 0, so they are not scored.
     advantages = group_advantages(rewards).flatten().to(device)  # [B]
-    rows = order[advantages[order] != 0]
-    if len(rows) == 0:
-        rows = order[: args.group]  # score some rows anyway, so that gap_mean can be logged
+    rows = rows_to_score(advantages, order, at_least=args.group)
     is_scored = torch.zeros_like(mask)
     is_scored[rows] = mask[rows]  # [B,N], the response tokens that get signals; the others have advantage 0
 
@@ -285,8 +294,7 @@ def train_step(
     # 9. The clipped loss with advantage * gamma in place of the advantage, on each minibatch (Eq. 12, 13).
     token_advantages = shape_advantages(advantages, gamma, args.sign)  # [B,N]
     if args.tis_cap:
-        trainer_over_sampler = (signals.logprobs - sampler_logprobs).exp()
-        token_advantages = token_advantages * trainer_over_sampler.clamp(max=args.tis_cap)
+        token_advantages = token_advantages * importance_weights(signals.logprobs, sampler_logprobs, args.tis_cap)
     with clock("update"), autocast:
         stats = update(
             model, optimizer, input_ids, mask, old_logprobs=signals.logprobs, advantages=token_advantages,

@@ -9,9 +9,14 @@ A * gamma_t. It chooses them by two numbers, which it reads from the model's att
     WAAD_t  windowed average attention distance: how far token t looks back
     FAI_s   future attention influence: how much later tokens look back at token s
 
-Each line is the equation itself, on full attention maps and in plain loops, so it is slow on
-purpose. The modules of this repository compute the same numbers without maps, for large models.
+The equations are computed as they are written, from full attention maps, and gamma in plain loops.
+That is slow on purpose. The modules of this repository compute the same numbers without maps, for
+large models. Two things train.py does otherwise: it splits the heads once in ten steps, on 32
+responses, and here each minibatch has its own split; and it leaves out responses with advantage 0.
+
 train_step puts the parts together. Shapes: B responses, b of them in a minibatch, N tokens each.
+Row t of an attention map belongs to the position that reads token t, and WAAD_t is read from that
+row. gamma_t multiplies the advantage of the same token t, as in the paper.
 """
 
 import argparse
@@ -78,7 +83,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def attention_maps(model, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """Maps of five layers in the middle third [b,heads,N,N]; log pi_old of each token [b,N].
 
-    A[t,s] says how much token t looks back at token s. Each row A[t,:] sums to 1.
+    A[t,s] says how much token t looks back at token s. Each row A[t,:] sums to 1. (Prompts are padded
+    on the left. That needs no position numbers here: Qwen3's attention sees only differences of them.)
     """
     out = model(input_ids=ids, attention_mask=real, output_attentions=True)
     first, last = len(out.attentions) // 3, 2 * len(out.attentions) // 3
@@ -87,12 +93,12 @@ def attention_maps(model, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split_heads(maps: Tensor, response: Tensor) -> tuple[Tensor, Tensor]:
-    """H_loc and H_glob: the numbers of the 30 % of heads that look back least far, and farthest."""
+    """H_loc and H_glob: the numbers of the 30 % of heads with the smallest span, and with the largest."""
     t_minus_s = torch.arange(maps.shape[-1])[:, None] - torch.arange(maps.shape[-1])  # [N,N]
     distance = (maps * t_minus_s.clamp(min=0)).sum(-1)  # [b,heads,N]: of one row, in tokens
     spans = (distance * response[:, None]).sum(dim=(0, 2)) / response.sum()  # Eq. 7, [heads]
     size = max(1, int(0.3 * len(spans)))  # tiny model: 6 of its 5 * 4 heads
-    order = spans.argsort(stable=True)  # [heads], the least far first
+    order = spans.argsort(stable=True)  # [heads], the smallest span first
     return order[:size], order[-size:]
 
 
@@ -116,20 +122,22 @@ def top_q(x: list[float], q: float) -> set[int]:
 def assign_credit(rule: str, waad: list, fai: list, q=Q, gamma_amp=GAMMA_AMP, alpha=ALPHA, k=K) -> list[float]:
     """Eq. 14-19: gamma_t of one response. waad and fai hold one number for each token t in R."""
     R = range(len(waad))
-    # Preplan tokens T_loc: WAAD changes most right after them. A new chunk of text begins there.
+    # Preplan tokens T_loc: the tokens before the largest jumps of WAAD. A chunk of text ends there. A
+    # jump from t to t+1, up or down, is written at t.
     delta = [abs(waad[t] - waad[t + 1]) for t in R[:-1]] + [0.0]  # Eq. 14
     T_loc = top_q(delta, q)
     # Anchors T_glob: later tokens look back at them most. FAI is 0 where no later token can look.
     T_glob = {t for t in top_q(fai, q) if fai[t] > 0}  # Eq. 16
 
-    # Some anchors are locally dominated, the set D: WAAD is low at the anchor, and it has jumped at
-    # one of the k tokens before. The token of the largest jump, intro(t), introduced the anchor.
-    # The paper gives neither threshold. Ours: "low" is at most the median, "a jump" is in T_loc.
+    # Some anchors are locally dominated, the set D: WAAD is low at the anchor, and delta is large at
+    # one of the k tokens before. The one with the largest delta, intro(t), introduced the anchor.
+    # The paper gives neither threshold. Ours: "low" is at most the median (the mean of the middle two
+    # if there are two: no WAAD lies between them); "large" is at least the smallest delta in T_loc.
     tau_waad = statistics.median(waad)
     tau_delta = min((delta[t] for t in T_loc), default=math.inf)
     D, intros = set(), set()
     for t in T_glob - {0}:  # nothing comes before token 0
-        before = range(t - 1, max(t - k, 0) - 1, -1)  # the k tokens before t, the nearest first
+        before = [t - j for j in range(1, k + 1) if t - j >= 0]  # the k tokens before t, the nearest first
         intro = max(before, key=lambda u: delta[u])  # among equal ones max() takes the first
         if waad[t] <= tau_waad and delta[intro] >= tau_delta:  # Eq. 18
             D.add(t)
@@ -143,11 +151,11 @@ def assign_credit(rule: str, waad: list, fai: list, q=Q, gamma_amp=GAMMA_AMP, al
         if rule == "global" and t in T_glob:  # Eq. 17: each anchor gets the bonus
             gamma[t] += bonus
         if rule == "coupled":  # Eq. 19: its three terms add, so a token can reach 1.75
-            if t in T_glob - D:  # an anchor without an intro gets the bonus
+            if t in T_glob - D:  # an anchor that is not dominated gets the bonus
                 gamma[t] += bonus
-            if t in D:  # an anchor with an intro keeps one part of it
+            if t in D:  # a dominated anchor keeps one part of it
                 gamma[t] += (1 - alpha) * bonus
-            if t in intros:  # and the intro gets the other part, once, even if it has two anchors
+            if t in intros:  # and its intro gets the other part, once, even if it has two anchors
                 gamma[t] += alpha * bonus
     return gamma
 
@@ -161,8 +169,12 @@ def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def clipped_loss(logprobs: Tensor, old_logprobs: Tensor, shaped: Tensor, response: Tensor) -> Tensor:
-    """Eq. 12-13, negated: a mean over tokens, then over responses. All [b,N]; shaped is A * gamma_t."""
-    rho = (logprobs - old_logprobs).exp()  # [b,N], pi / pi_old of each token
+    """Eq. 12-13, negated: a mean over tokens, then over responses. All [b,N]; shaped is A * gamma_t.
+
+    The gradient makes a token more likely if its advantage is positive, less likely if it is negative.
+    Clipping stops that: once rho is more than EPSILON away from 1 in that direction, the gradient is 0.
+    """
+    rho = (logprobs - old_logprobs).exp()  # Eq. 5, [b,N]: pi / pi_old of each token; 1 before the first update
     objective = torch.min(rho * shaped, rho.clamp(1 - EPSILON, 1 + EPSILON) * shaped)  # [b,N]
     return -((objective * response).sum(1) / response.sum(1)).mean()
 

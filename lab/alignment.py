@@ -58,7 +58,7 @@ from transformers.hf_argparser import HfArg
 import credit
 import tasks
 import train
-from grpo import check_head, group_advantages, micro_batches, shape_advantages, token_logprobs
+from grpo import check_logits, group_advantages, micro_batches, shape_advantages, token_logprobs
 from lab import experiment, truth, wording
 from lab.report import visible
 from lab.truth_tables import signals_of, without_first
@@ -202,7 +202,7 @@ def main(args: Args) -> None:
         print(note)
         found = checked(args)
         model, tokenizer = load_model(args.model)
-        check_head(model)
+        check_logits(model)
         problems = tasks.load(args.task, "train", args.problems, seed=args.seed + bool(found))  # others than --truth's
         set_seed(args.seed)  # torch's sampler draws from the global generator; vLLM sets its own
         actor = start_actor(args.engine, args.model, 512, args.seed, args.kv_cache_gib, model, tokenizer)

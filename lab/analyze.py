@@ -34,7 +34,7 @@ import credit
 import tasks
 from attention import attention_maps, recording
 from eval import evaluate
-from grpo import check_head
+from grpo import check_logits
 from heads import layer_range, split_heads
 from lab import linkage, perturb, report, sinks, truth
 from node.output import markdown, minutes
@@ -158,7 +158,7 @@ def main(args: Args) -> None:
                 raise ValueError(f"--{name} {getattr(args, name)}: must be {least} or more")
         problems = tasks.load(args.task, "test", args.problems, data=args.data)
         model, tokenizer = load_model(args.model)
-        check_head(model)
+        check_logits(model)
         others = model.config.get_text_config().vocab_size - len(tokenizer.all_special_ids) - 1
         if args.top_k > others:
             raise ValueError(f"--top_k {args.top_k}: there are {others} other tokens to force")

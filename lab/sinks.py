@@ -18,13 +18,13 @@ def on_first(layer: Recorded) -> Tensor:
     """What each row leaves on the first token: [B,H,N]."""
     key = layer.key[:, :, :1].repeat_interleave(layer.query.shape[1] // layer.key.shape[1], 1)
     share = ((layer.query.float() * key.float()).sum(-1) * layer.scale - layer.lse).exp()
-    return share if layer.visible is None else share * layer.visible[..., 0]
+    return share if layer.attn_mask is None else share * layer.attn_mask[..., 0]
 
 
 def without_first(layer: Recorded) -> Recorded:
     """The layer without its first token: rows and columns 1 to N-1, each row summing to 1."""
     query, key = layer.query[:, :, 1:].float(), layer.key[:, :, 1:].float()
-    visible = None if layer.visible is None else layer.visible[..., 1:, 1:]
+    visible = None if layer.attn_mask is None else layer.attn_mask[..., 1:, 1:]
     lse = fused_attention(query, key, key, layer.scale, visible)[1]
     return Recorded(query, key, layer.scale, lse, visible)
 

@@ -37,7 +37,15 @@ import tasks
 import train
 from attention import Recorded, attention_maps, recording
 from credit import Coupled, assign_credit, coupled_parts
-from grpo import check_head, clipped_loss, group_advantages, probability_ratio, shape_advantages, token_logprobs, update
+from grpo import (
+    check_logits,
+    clipped_loss,
+    group_advantages,
+    probability_ratio,
+    shape_advantages,
+    token_logprobs,
+    update,
+)
 from lab import step_page
 from lab.report import visible
 from node import prepare
@@ -226,7 +234,7 @@ def compare_with_full_maps(step: Step, b: int, t: int, args: train.Args) -> tupl
 
 def take_response(layer: Recorded, b: int) -> Recorded:
     """What was recorded of response b alone."""
-    seen = layer.visible
+    seen = layer.attn_mask
     if seen is not None and len(seen) > 1:
         seen = seen[b : b + 1]
     return Recorded(layer.query[b : b + 1], layer.key[b : b + 1], layer.scale, layer.lse[b : b + 1], seen)
@@ -393,7 +401,7 @@ def main(args: Args) -> None:
         if not 0 <= args.problem < len(problems):
             raise ValueError(f"--problem {args.problem}: {settings.task} has problems 0 to {len(problems) - 1}")
         model, tokenizer = load_model(args.model)
-        check_head(model)
+        check_logits(model)
         folder = Path(args.out)
         folder.mkdir(parents=True, exist_ok=True)
         set_seed(args.seed)

@@ -180,8 +180,9 @@ def say_norms(facts: dict) -> str:
 def say_handover(facts: dict) -> str:
     handed = facts["handed"]
     return (
-        f"`VLLMActor.reload` copies {handed['tensors']} tensors with {handed['weights']:,} weights to the sampler. "
-        f"{handed['changed']:,} of the weights have changed, by at most {handed['farthest']:.1e}. Before, the "
+        f"The sampler gets {handed['tensors']} tensors with {handed['weights']:,} weights. In train.py that is "
+        f"`VLLMActor.reload`. {handed['changed']:,} of the weights have changed, by at most {handed['farthest']:.1e}. "
+        "Before, the "
         f"sampler's log-probs of these responses differed from the trained model's by up to {handed['before']:.3f}. "
         f"Now they differ by {handed['after']:.3g}."
     )

@@ -33,7 +33,7 @@ from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 import tasks
-from grpo import check_head
+from grpo import check_logits
 from lab import truth_tables
 from node.output import minutes, read_lines, write_whole
 from node.run import new_folder, refuse_other_args
@@ -242,7 +242,7 @@ def main(args: Args) -> None:
         args = read_args(folder) if folder else checked(args)
         problems = tasks.load(args.task, args.split, args.responses // args.group, args.seed, args.data)
         model, tokenizer = load_model(args.model)
-        check_head(model)
+        check_logits(model)
         longest = max(len(ids) for ids in tokenizer([p.prompt for p in problems]).input_ids) + 2 * args.max_tokens
         check_length(args.model, model.config, longest, f"--max_tokens {args.max_tokens}")
         if folder is None:

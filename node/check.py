@@ -168,7 +168,9 @@ def full_maps(model, ids: Tensor, layers: list[int]) -> list[Tensor]:
         key = layer.key.repeat_interleave(layer.query.shape[1] // layer.key.shape[1], 1).double()
         scores = layer.query.double() @ key.mT * layer.scale
         n = scores.shape[-1]
-        seen = torch.ones(n, n, dtype=torch.bool, device=ids.device).tril() if layer.visible is None else layer.visible
+        seen = (
+            torch.ones(n, n, dtype=torch.bool, device=ids.device).tril() if layer.attn_mask is None else layer.attn_mask
+        )
         maps.append(scores.masked_fill(~seen, -torch.inf).softmax(-1).float())
     return maps
 

@@ -10,8 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import tasks
 from credit import NEED_ATTENTION
-from grpo import check_head
-from heads import layer_range
+from grpo import check_logits
 from metrics import measure_heads
 from node import memory, precision, ranks
 from node.checkpoint import load_sharded
@@ -128,11 +127,10 @@ def load(args, source: str | Path, device: torch.device):
     tokenizer = load_tokenizer(str(source), args.max_model_len)
     train_set, test_set = load_problems(args, tokenizer)
     model = load_sharded(str(source), device, args.dtype)
-    check_head(model)
+    check_logits(model)
     if args.credit in NEED_ATTENTION:
         ids = torch.tensor([[0, 1, 2]], device=device)
-        layers = layer_range(model.config.get_text_config().num_hidden_layers, args.layers)
-        measure_heads(model, ids, ids > 0, layers, args.head_quantile)
+        measure_heads(model, ids, ids > 0, args.layers, args.head_quantile)
     ranks.reshard(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()

@@ -28,7 +28,7 @@ def load(name: str, split: str = "test", n: int | None = None, seed: int = 0, da
     """n distinct problems of a task, the same for the same arguments. data is a local file to read in place of the hub.
 
     A dataset's problems come in the file's order when n is None, all of them; otherwise seed draws n of them.
-    Countdown's are made from seed; None stands for the task's own number.
+    Countdown's are made from seed; None means the task's own number of them.
     Raises ValueError, in one line, for an unknown task or split, naming the choices; for fewer than n problems; and for
     a dataset or file that cannot be read.
     """

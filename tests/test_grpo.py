@@ -130,17 +130,22 @@ def test_logits_of_a_large_vocabulary_are_never_held_at_once():
     assert peak_mib(forward_and_backward) < 0.7 * once
 
 
-def test_heads_that_change_their_logits_are_followed_or_refused():
+def test_models_that_change_their_logits_are_followed():
     gemma = small_model(Gemma2Config, Gemma2ForCausalLM, head_dim=16, final_logit_softcapping=3.0)
-    grpo.check_head(gemma)
+    grpo.check_logits(gemma)
     gemma.config.final_logit_softcapping = None
     uncapped = grpo.token_logprobs(gemma, torch.tensor([[1, 2, 3]]), torch.tensor([[False, True, True]]))[0]
     gemma.config.final_logit_softcapping = 3.0
     capped = grpo.token_logprobs(gemma, torch.tensor([[1, 2, 3]]), torch.tensor([[False, True, True]]))[0]
     assert (uncapped - capped).abs().max() > 0.1
-    grpo.check_head(small_model(GraniteConfig, GraniteForCausalLM))
-    with pytest.raises(ValueError, match=r"Granite.*output head"):
-        grpo.check_head(small_model(GraniteConfig, GraniteForCausalLM, logits_scaling=8.0))
+    grpo.check_logits(small_model(GraniteConfig, GraniteForCausalLM, logits_scaling=8.0))
+
+
+def test_a_model_whose_log_probs_are_others_than_those_of_its_logits_is_refused(monkeypatch):
+    model = small_model(GraniteConfig, GraniteForCausalLM, logits_scaling=8.0)
+    monkeypatch.setattr(grpo, "logits_of_states", lambda model, decoder, states: model.lm_head(states))
+    with pytest.raises(ValueError, match=r"Granite.*own logits"):
+        grpo.check_logits(model)
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget():
