@@ -185,8 +185,8 @@ def choose_heads(layer: Recorded, head: Tensor) -> Recorded:
 
 # ---- 3. Recording ----
 # transformers looks up a model's attention function by a name in its config: "sdpa" for nearly all, "eager" for the few
-# that do not support sdpa. While recording() is active, that name stands for a function that runs attention and keeps
-# query, key and Z of the chosen layers. The output is the same.
+# that do not support sdpa. While recording() is active, that name stands for a function of ours, which keeps query, key
+# and Z of the chosen layers. The output is the same.
 
 
 NO_CREDIT = "WAAD and FAI cannot be taken from it: only --credit uniform is possible"
@@ -201,14 +201,14 @@ def recording(model, layers: list[int] | None = None) -> Iterator[dict[int, Reco
     Not for two threads at once.
     """
     model = getattr(model, "module", model)  # DDP's own model
-    own_name, name = model.config._attn_implementation, "sdpa" if model._supports_sdpa else "eager"
-    functions = AttentionInterface._global_mapping
+    own_name, functions = model.config._attn_implementation, AttentionInterface._global_mapping
+    name = own_name if own_name in ("sdpa", "eager") else "sdpa"  # a kernel, flash_attention_2 say, takes other masks
     own_function = functions.get(name)  # None for "eager": each model has its own, as the default
     recorded: dict[int, Recorded | None] = dict.fromkeys(layers or [])
     try:
         if own_name != name:
             model.set_attn_implementation(name)
-        functions[name] = _recording_function(recorded, layers is None, own_function)
+        functions[name] = _recording_function(recorded, layers is None, own_function if own_name == "sdpa" else None)
         yield recorded
         if missing := [layer for layer, found in recorded.items() if found is None]:
             raise ValueError(f"{type(model).__name__} showed no softmax attention in layers {missing}. {NO_CREDIT}")
@@ -226,14 +226,17 @@ def recording(model, layers: list[int] | None = None) -> Iterator[dict[int, Reco
             model.set_attn_implementation(own_name)
 
 
-def _recording_function(recorded: dict, every_layer: bool, own_function: Callable | None) -> Callable:
-    """The attention function that transformers calls in each layer while recording() is active."""
+def _recording_function(recorded: dict, every_layer: bool, sdpa: Callable | None) -> Callable:
+    """The attention function that transformers calls in each layer while recording() is active.
+
+    sdpa: the model's own function, if that is transformers' sdpa. It runs in the layers that are not recorded.
+    """
 
     def attend_and_record(module, query, key, value, attention_mask, scaling=None, **kwargs):
         number = getattr(module, "layer_idx", None)
         is_chosen = isinstance(number, int) and (every_layer or number in recorded)
-        if not is_chosen and own_function:
-            return own_function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        if not is_chosen and sdpa:
+            return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
         layer = f"layer {number} ({type(module).__name__})"
         is_causal = kwargs.get("is_causal")
@@ -248,7 +251,8 @@ def _recording_function(recorded: dict, every_layer: bool, own_function: Callabl
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if kwargs.get("position_bias") is not None:
             attention_mask = create_position_bias_mask(kwargs["position_bias"], attention_mask, True, query, key)
-        found = Recorded(query, key, scale, None, attention_mask, kwargs.get("softcap"), kwargs.get("s_aux"))
+        softcap = None if sdpa else kwargs.get("softcap")  # transformers' sdpa leaves the soft-cap out
+        found = Recorded(query, key, scale, None, attention_mask, softcap, kwargs.get("s_aux"))
         out, lse = attend(found, value)
         if is_chosen:
             recorded[number] = found._replace(lse=lse)

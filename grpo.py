@@ -143,7 +143,7 @@ def token_logprobs(model, input_ids: Tensor, mask: Tensor, entropy: bool = False
 def find_decoder(model):
     """The part of a transformers model that makes hidden states from tokens."""
     decoder = model.get_decoder()
-    if decoder is model:  # Llama 4 does not name it: it is the part that has the embedding
+    if decoder is model or not hasattr(decoder, "get_input_embeddings"):  # not found (Llama 4), or the output head
         decoder = next(part for part in model.children() if hasattr(part, "get_input_embeddings"))
     return decoder
 
@@ -197,16 +197,22 @@ def _put_back(module, own: Callable | None) -> None:
 
 def check_logits(model) -> None:
     """Raise ValueError if token_logprobs does not give the log-probs of the model's own logits."""
+    name = f"{type(getattr(model, 'module', model)).__name__} cannot be trained here"
     ids = torch.tensor([[0, 1, 2, 3]], device=next(model.parameters()).device)
     with torch.no_grad():
-        ours = token_logprobs(model, ids, ids > 0)[0][:, 1:]
+        try:
+            ours = token_logprobs(model, ids, ids > 0)[0][:, 1:]
+        except Exception as e:  # its forward may need anything
+            raise ValueError(
+                f"{name}: no logits from its decoder's last hidden states ({type(e).__name__}: {e})"
+            ) from e
         logits = model(input_ids=ids).logits[:, :-1]
         own, own_dtype = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0], logits.dtype
     tolerance = 1e-2 if own_dtype == torch.float32 else 0.3
     if not torch.allclose(ours, own, atol=tolerance):
         raise ValueError(
-            f"{type(model).__name__} cannot be trained here: the log-probs of grpo.token_logprobs differ from those of "
-            f"the model's own logits by {(ours - own).abs().max():.2g}"
+            f"{name}: the log-probs of grpo.token_logprobs differ from those of its own logits by "
+            f"{(ours - own).abs().max():.2g}"
         )
 
 
