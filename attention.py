@@ -58,7 +58,7 @@ def fused_attention(
     width = max(query.shape[-1], value_width)
     if query.device.type == "cuda":
         width = -(-width // 8) * 8
-    query, key, value = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
+    query, key, value = (_as_kernels_read(x, width) for x in (query, key, value))
 
     if query.device.type == "cpu":
         bias = None if attn_mask is None else _score_bias(query, attn_mask)
@@ -68,6 +68,13 @@ def fused_attention(
     else:
         out, lse = _fused_attention_on_cuda(query, key, value, scale, attn_mask)
     return out[..., :value_width], lse
+
+
+def _as_kernels_read(x: Tensor, width: int) -> Tensor:
+    """x with zeros up to this width, each head's numbers side by side: otherwise the CPU kernel silently misreads it."""
+    if x.shape[-1] < width:
+        x = pad(x, (0, width - x.shape[-1]))
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _fused_attention_on_cuda(

@@ -206,7 +206,7 @@ def check_logits(model) -> None:
             raise ValueError(
                 f"{name}: no logits from its decoder's last hidden states ({type(e).__name__}: {e})"
             ) from e
-        logits = model(input_ids=ids).logits[:, :-1]
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         own, own_dtype = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0], logits.dtype
     tolerance = 1e-2 if own_dtype == torch.float32 else 0.3
     if not torch.allclose(ours, own, atol=tolerance):

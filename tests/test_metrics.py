@@ -292,6 +292,13 @@ def test_models_without_plain_softmax_attention_are_refused():
         metrics.observe(mamba, ids, mask)
 
 
+def test_fused_attention_reads_heads_that_do_not_lie_side_by_side_in_memory():
+    q, k, v = torch.randn(3, 1, 2, 16, 70, generator=torch.Generator().manual_seed(0)).mT
+    want = attention.fused_attention(q.contiguous(), k.contiguous(), v.contiguous(), 0.25)
+    for got, expected in zip(attention.fused_attention(q, k, v, 0.25), want):
+        assert torch.equal(got, expected)
+
+
 def test_head_split_is_disjoint_and_ordered():
     spans = torch.randperm(20, generator=torch.Generator().manual_seed(0)).float().view(5, 4)
     for quantile, size in ((0.3, 6), (0.5, 10), (0.01, 1)):
