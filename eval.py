@@ -7,6 +7,7 @@ python eval.py --model A B --task aime24 math500 --samples 16 --out results.json
 import json
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import tasks
 from node import ranks
 from node.output import markdown, mean_interval, write_whole
 from node.settings import TINY, fill_defaults, load_tokenizer, parse_args
-from rollout import chat_prompts, encode, start_actor
+from rollout import Rollout, chat, encode, start_actor
 
 DEFAULTS = {  # of arguments that are not given: for the tiny model and what was trained from it; for any other model
     "task": (["countdown-tiny"], ["countdown4"]),
@@ -38,18 +39,27 @@ class Args:
     model: list[str] = HfArg(default_factory=lambda: [TINY], help="Folders or hub names of transformers checkpoints.")
     task: list[str] | None = HfArg(
         default=None,
-        help=f"One or several of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the tiny model, countdown4 "
-        "for any other).",
+        help=f"One or several tasks, each {tasks.HELP} (default: countdown-tiny for the tiny model, countdown4 for any "
+        "other).",
     )
     data: str | None = HfArg(
-        default=None, help="Local file to read in place of the task's dataset; allowed with one task only."
+        default=None,
+        help=f"Local file to read in place of the task's dataset: {tasks.COLUMNS}. With one task only.",
     )
     problems: int | None = HfArg(default=None, help="Held-out problems (default: each task's own number).")
     samples: int | None = HfArg(
         default=None, help="Sampled responses to each problem (default: each task's own number)."
     )
     temperature: float = HfArg(default=1.0, help="Temperature of the sampled responses.")
-    chat: bool = HfArg(default=False, help="Put each prompt into the model's chat template.")
+    chat: bool = HfArg(default=False, help="Put each prompt into the model's chat template, as a user's message.")
+    system: str | None = HfArg(default=None, help="--chat: a system message before it.")
+    thinking: Literal["on", "off"] | None = HfArg(
+        default=None, help="--chat: let the model think before it answers, or not, if its template knows that."
+    )
+    stop: list[str] | None = HfArg(
+        default=None, help="Texts that end a response (default: each task's own, and none with --chat)."
+    )
+    reward_processes: int = HfArg(default=1, help="Processes that judge responses at the same time, for slow rewards.")
     max_tokens: int | None = HfArg(
         default=None, help="Longest response (default: 128 for the tiny model, 1024 for any other)."
     )
@@ -71,23 +81,36 @@ class Args:
 
 
 def evaluate(
-    actor, problems: list[tasks.Problem], n: int, max_tokens: int, temperature: float = 1.0, chat: bool = False
-):
-    """n responses to each problem and their rewards: (list[P] of list[n] of Rollout, [P,n] float32)."""
+    actor,
+    task: str,
+    problems: list[tasks.Problem],
+    n: int,
+    max_tokens: int,
+    temperature: float = 1.0,
+    stop: Sequence[str] | None = None,
+    reward_processes: int = 1,
+) -> tuple[list[list[Rollout]], Tensor]:
+    """n responses to each problem of a task, [P][n], and their rewards, [P,n] float32. A reward that raises is 0."""
     prompts = [p.prompt for p in problems]
-    prompts = chat_prompts(actor.tokenizer, prompts) if chat else prompts
-    rollouts = actor.generate(prompts, n, max_tokens, temperature, progress=ranks.rank() == 0)
-    return rollouts, torch.tensor([[tasks.reward(p, r.text) for r in row] for p, row in zip(problems, rollouts)])
+    rollouts = actor.generate(prompts, n, max_tokens, temperature, stop, progress=ranks.rank() == 0)
+    texts = [[response.text for response in responses] for responses in rollouts]
+    rewards, errors = tasks.judge(task, problems, texts, reward_processes)
+    if errors:
+        print(f"{task}: {len(errors)} rewards raised and count as 0. The first: {errors[0]}", file=sys.stderr)
+    return rollouts, torch.tensor(rewards)
 
 
 def pass_at(j: int, rewards: Tensor) -> Tensor:
     """Unbiased estimate of the chance that at least one of j responses is right (Chen et al. 2021).
 
     1 - C(n-c, j) / C(n, j), where c of the n rewards of a problem are 1. rewards [P,n]; 1 <= j <= n. Returns [P].
+    Raises ValueError for rewards between 0 and 1: nothing is right or wrong then.
 
     >>> pass_at(2, torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
     tensor([0.5000, 0.0000])
     """
+    if not ((rewards == 0) | (rewards == 1)).all():
+        raise ValueError("pass@j needs rewards of 0 or 1")
     n = rewards.shape[1]
     return torch.tensor([1 - math.comb(n - int(c), j) / math.comb(n, j) for c in rewards.sum(1)])
 
@@ -101,12 +124,16 @@ def sizes(k: int) -> list[int]:
     return sorted({2**i for i in range(k.bit_length())} | {k})
 
 
-def measure(actor, problems: list[tasks.Problem], k: int, max_tokens: int, temperature: float, chat: bool) -> dict:
+def measure(actor, task: str, problems: list[tasks.Problem], k: int, args: Args) -> dict:
     """Scores with the half-widths of their intervals, shares of truncated responses, and all responses."""
-    greedy, first = evaluate(actor, problems, 1, max_tokens, 0.0, chat)
-    sampled, rewards = evaluate(actor, problems, k, max_tokens, temperature, chat)
+    given = dict(
+        max_tokens=args.max_tokens, stop=tasks.stops(task, args.stop, args.chat), reward_processes=args.reward_processes
+    )
+    greedy, first = evaluate(actor, task, problems, 1, temperature=0.0, **given)
+    sampled, rewards = evaluate(actor, task, problems, k, temperature=args.temperature, **given)
     per_problem = {"greedy pass@1": first[:, 0], f"avg@{k}": rewards.mean(1)}
-    per_problem |= {f"pass@{j}": pass_at(j, rewards) for j in sizes(k)}
+    if ((rewards == 0) | (rewards == 1)).all():  # with fractional rewards there is no pass@j
+        per_problem |= {f"pass@{j}": pass_at(j, rewards) for j in sizes(k)}
     responses = [
         [{"text": r.text, "reward": w, "truncated": r.truncated} for r, w in zip(g + s, [*a.tolist(), *b.tolist()])]
         for g, s, a, b in zip(greedy, sampled, first, rewards)
@@ -166,10 +193,9 @@ def plan(args: Args) -> list[tuple[dict, list[tasks.Problem]]]:
     for model in dict.fromkeys(args.model):
         tokenizer = load_tokenizer(model, args.max_model_len)
         for task, found in problems.items():
-            prompts = [p.prompt for p in found]
-            prompts = chat_prompts(tokenizer, prompts) if args.chat else prompts
-            encode(tokenizer, prompts, args.max_tokens, args.max_model_len)
-            given = {x: getattr(args, x) for x in ("temperature", "max_tokens", "seed", "chat", "data")}
+            encode(tokenizer, [p.prompt for p in found], args.max_tokens, args.max_model_len, chat(args))
+            given = {x: getattr(args, x) for x in ("temperature", "max_tokens", "seed", "data")}
+            given |= {"chat": chat(args), "stop": tasks.stops(task, args.stop, args.chat)}
             k = args.samples or tasks.samples(task)
             steps.append(({"model": model, "task": task, "problems": len(found), "k": k, **given}, found))
     return steps
@@ -219,13 +245,15 @@ def main(args: Args) -> None:
         if not todo:
             continue
         try:
-            actor = start_actor(args.engine, model, args.max_model_len, args.seed, args.kv_cache_gib)
+            actor = start_actor(
+                args.engine, model, args.max_model_len, args.seed, args.kv_cache_gib, chat=chat(args)
+            )  # fmt: skip
         except (ValueError, OSError) as e:
             sys.exit(f"error: {e}")
         with closing(actor):
             for settings, problems in todo:
                 set_seed(args.seed)  # here, so that no score depends on what was evaluated before it
-                found = measure(actor, problems, settings["k"], args.max_tokens, args.temperature, args.chat)
+                found = measure(actor, settings["task"], problems, settings["k"], args)
                 results.append(settings | found)
                 if out:
                     write(out, args, results)

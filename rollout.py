@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,23 @@ class Rollout(NamedTuple):
     truncated: bool  # hit max_tokens before it ended
 
 
+class Chat(NamedTuple):
+    """How a prompt becomes a user's message in the model's own chat template."""
+
+    system: str | None = None  # a system message before it
+    thinking: bool | None = None  # on or off, for templates that have enable_thinking; None: the template's default
+
+
+def chat(args) -> Chat | None:
+    """What --chat, --system and --thinking ask for. ValueError for one of the latter without --chat."""
+    if not args.chat:
+        for name in ("system", "thinking"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name}: only with --chat")
+        return None
+    return Chat(args.system, None if args.thinking is None else args.thinking == "on")
+
+
 def start_actor(
     engine: str,
     name: str,
@@ -39,21 +57,24 @@ def start_actor(
     tokenizer=None,
     sleep_mode: bool = False,
     dtype: str = "auto",
+    chat: Chat | None = None,
 ):
     """The sampler for --engine. vllm loads the checkpoint itself; torch samples the given model, or loads it."""
     if engine == "vllm":
-        return VLLMActor(name, max_model_len, seed, kv_cache_gib, sleep_mode, dtype)
+        return VLLMActor(name, max_model_len, seed, kv_cache_gib, sleep_mode, dtype, chat)
     if model is None:
         model, tokenizer = load_model(name)
-    return TorchActor(model, tokenizer, max_model_len)
+    return TorchActor(model, tokenizer, max_model_len, chat=chat)
 
 
-def encode(tokenizer, prompts: list[str] | list[list[int]], max_tokens: int, max_model_len: int) -> list[list[int]]:
+def encode(
+    tokenizer, prompts: list[str] | list[list[int]], max_tokens: int, max_model_len: int, chat: Chat | None = None
+) -> list[list[int]]:
     """Token numbers of each prompt. ValueError for a prompt that is empty, or too long for max_model_len.
 
-    prompts: texts, or token numbers already.
+    prompts: texts, or token numbers already. chat: put texts into the chat template.
     """
-    encoded = tokenizer(prompts).input_ids if prompts and isinstance(prompts[0], str) else prompts
+    encoded = tokenize(tokenizer, prompts, chat) if prompts and isinstance(prompts[0], str) else prompts
     for prompt, ids in zip(prompts, encoded):
         if not ids or len(ids) + max_tokens > max_model_len:
             raise ValueError(
@@ -63,12 +84,18 @@ def encode(tokenizer, prompts: list[str] | list[list[int]], max_tokens: int, max
     return encoded
 
 
-def chat_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
-    """Token numbers of each prompt, as a user's message in the model's own chat template."""
+def tokenize(tokenizer, prompts: list[str], chat: Chat | None = None) -> list[list[int]]:
+    """Token numbers of each prompt: as it is, or as a user's message in the model's own chat template."""
+    if chat is None:
+        return tokenizer(prompts).input_ids
     if not tokenizer.chat_template:
-        raise ValueError(f"{tokenizer.name_or_path} has no chat template: leave --chat away")
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
+        raise ValueError(
+            f"--chat: {tokenizer.name_or_path} has no chat template, it is a base model: leave --chat away"
+        )
+    before = [{"role": "system", "content": chat.system}] if chat.system else []
+    chats = [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
+    options = {} if chat.thinking is None else {"enable_thinking": chat.thinking}
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False, **options)
 
 
 class VLLMActor:
@@ -77,7 +104,7 @@ class VLLMActor:
     kv_cache_gib: the size of the KV cache. It is set explicitly, because vLLM's default would take the memory that
         training needs.
     sleep_mode: free the GPU for the trainer between calls. vLLM allows one such engine in a process.
-    dtype: --dtype.
+    dtype: --dtype. chat: put prompts into the chat template.
     """
 
     def __init__(
@@ -88,6 +115,7 @@ class VLLMActor:
         kv_cache_gib: float = 0.5,
         sleep_mode: bool = False,
         dtype: str = "auto",
+        chat: Chat | None = None,
     ):
         dtype = precision.choose_dtype(dtype, load_config(path))  # ValueError, in one line, if there is no such model
         # vLLM reads these when it is imported and when it starts. What the user has set stays.
@@ -101,6 +129,7 @@ class VLLMActor:
             raise ValueError(f"vLLM cannot be imported ({e}): install requirements.txt, or use --engine torch") from e
         on_gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
         self.max_model_len, self.sleeps, self.asleep = max_model_len, on_gpu and sleep_mode, False
+        self.chat = chat
         options = {}
         if ranks.world_size() > 1:  # each rank has an engine of its own
             options |= dict(distributed_executor_backend="external_launcher", tensor_parallel_size=1)
@@ -133,24 +162,29 @@ class VLLMActor:
         n: int = 1,
         max_tokens: int = 128,
         temperature: float = 1.0,
+        stop: Sequence[str] | None = None,
         progress: bool = False,
     ) -> list[list[Rollout]]:
-        """n responses to each prompt (text or token numbers), as [len(prompts)][n]. Temperature 0 is greedy."""
+        """n responses to each prompt (text or token numbers), as [len(prompts)][n]. Temperature 0 is greedy.
+
+        stop: texts that end a response. The tokens that they are made of belong to it, its text ends before them.
+        """
         from vllm import SamplingParams, TokensPrompt
 
-        encoded = encode(self.tokenizer, prompts, max_tokens, self.max_model_len)
+        encoded = encode(self.tokenizer, prompts, max_tokens, self.max_model_len, self.chat)
+        settings = SamplingParams(
+            n=n, max_tokens=max_tokens, temperature=temperature, stop=list(stop or ()), detokenize=bool(stop),
+            logprobs=0,  # only the sampled token's log-probability
+        )  # fmt: skip
         outputs = self.llm.generate(
-            [TokensPrompt(prompt_token_ids=ids) for ids in encoded],
-            # logprobs=0: only the sampled token's log-probability
-            SamplingParams(n=n, max_tokens=max_tokens, temperature=temperature, logprobs=0, detokenize=False),
-            use_tqdm=progress,
+            [TokensPrompt(prompt_token_ids=ids) for ids in encoded], settings, use_tqdm=progress
         )
-        return [[self._rollout(ids, o) for o in out.outputs] for ids, out in zip(encoded, outputs)]
+        return [[self._rollout(ids, o, stop) for o in out.outputs] for ids, out in zip(encoded, outputs)]
 
-    def _rollout(self, prompt_ids: list[int], output) -> Rollout:
+    def _rollout(self, prompt_ids: list[int], output, stop: Sequence[str]) -> Rollout:
         ids = list(output.token_ids)
         logprobs = [candidates[token].logprob for token, candidates in zip(ids, output.logprobs)]
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = cut_at(self.tokenizer.decode(ids, skip_special_tokens=True), stop)
         return Rollout(prompt_ids, ids, logprobs, text, output.finish_reason == "length")
 
     def sleep(self) -> None:
@@ -195,8 +229,9 @@ class TorchActor:
     It keeps the logits of a whole batch while it generates. With a large vocabulary, use vLLM.
     """
 
-    def __init__(self, model, tokenizer, max_model_len: int = 512, batch: int = 256):
+    def __init__(self, model, tokenizer, max_model_len: int = 512, batch: int = 256, chat: Chat | None = None):
         self.model, self.tokenizer, self.max_model_len, self.batch = model, tokenizer, max_model_len, batch
+        self.chat = chat
 
     @torch.no_grad()
     def generate(
@@ -205,19 +240,23 @@ class TorchActor:
         n: int = 1,
         max_tokens: int = 128,
         temperature: float = 1.0,
+        stop: Sequence[str] | None = None,
         progress: bool = False,
     ) -> list[list[Rollout]]:
         """As VLLMActor.generate."""
-        encoded = [ids for ids in encode(self.tokenizer, prompts, max_tokens, self.max_model_len) for _ in range(n)]
+        each = encode(self.tokenizer, prompts, max_tokens, self.max_model_len, self.chat)
+        encoded = [ids for ids in each for _ in range(n)]
         flat, was_training = [], [m for m in self.model.modules() if m.training]
         self.model.eval()
         for start in tqdm(range(0, len(encoded), self.batch), desc="generate", disable=not progress):
-            flat += self._batch(encoded[start : start + self.batch], max_tokens, temperature)
+            flat += self._batch(encoded[start : start + self.batch], max_tokens, temperature, stop)
         for module in was_training:
             module.training = True
         return [flat[i : i + n] for i in range(0, len(flat), n)]
 
-    def _batch(self, encoded: list[list[int]], max_tokens: int, temperature: float) -> list[Rollout]:
+    def _batch(
+        self, encoded: list[list[int]], max_tokens: int, temperature: float, stop: Sequence[str] | None
+    ) -> list[Rollout]:
         width = max(map(len, encoded))
         ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id  # some models have several
         ends = ends if isinstance(ends, list) else [ends]
@@ -230,6 +269,8 @@ class TorchActor:
         sampling = dict(do_sample=temperature > 0, repetition_penalty=1.0)
         if temperature > 0:
             sampling |= dict(temperature=temperature, top_k=0, top_p=1.0, min_p=None)
+        if stop:
+            sampling["stopping_criteria"] = [lambda so_far, scores: self._stop_now(so_far[:, width:], stop)]
         out = self.model.generate(
             ids, attention_mask=attend, max_new_tokens=max_tokens, pad_token_id=pad, eos_token_id=ends,
             return_dict_in_generate=True, output_logits=True, **sampling,
@@ -245,9 +286,22 @@ class TorchActor:
         rollouts = []
         for prompt_ids, row, lp in zip(encoded, new.tolist(), logprobs.tolist()):
             length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-            text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
-            rollouts.append(Rollout(prompt_ids, row[:length], lp[:length], text, row[length - 1] not in ends))
+            whole = self.tokenizer.decode(row[:length], skip_special_tokens=True)
+            text = cut_at(whole, stop)
+            if text != whole:  # stopped by a text: the response ends with the first token that completes it
+                length = next(i for i in range(1, length + 1) if self._stops(row[:i], stop))
+            truncated = text == whole and row[length - 1] not in ends
+            rollouts.append(Rollout(prompt_ids, row[:length], lp[:length], text, truncated))
         return rollouts
+
+    def _stop_now(self, new: Tensor, stop: Sequence[str]) -> Tensor:
+        """Which rows hold a stop, [B,T] -> [B]. (transformers' stop_strings fails for character-level tokenizers.)"""
+        recent = new[:, -8 * max(map(len, stop)) :].tolist()
+        return torch.tensor([self._stops(row, stop) for row in recent], device=new.device)
+
+    def _stops(self, ids: list[int], stop: Sequence[str]) -> bool:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return cut_at(text, stop) != text
 
     def sleep(self) -> None:
         """Nothing to free."""
@@ -259,6 +313,15 @@ class TorchActor:
 
     def close(self) -> None:
         """Nothing to stop."""
+
+
+def cut_at(text: str, stop: Sequence[str] | None) -> str:
+    """The text before the first of these stops.
+
+    >>> cut_at("42. Question: 1 + 1?", ["Question:", "42,"])
+    '42. '
+    """
+    return text[: min((text.index(s) for s in stop or () if s in text), default=len(text))]
 
 
 def pad_batch(rollouts: list[Rollout]) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,7 +32,7 @@ choices for gamma.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ from node import checkpoint, precision, prepare, ranks
 from node.run import DYNAMIC_BATCHES, Clock, Run
 from node.settings import TINY, parse_args
 from node.stale import find_stale_weight
-from rollout import Rollout, pad_batch, start_actor
+from rollout import Rollout, chat, pad_batch, start_actor
 
 WARMUP_STEPS = 5  # the learning rate grows over these
 SPAN_ROWS = 32  # responses that the head split is measured on
@@ -79,12 +79,23 @@ class Args:
 
     # What is trained, and on what
     model: str = HfArg(default=TINY, help="Folder or hub name of the transformers checkpoint to start from.")
-    task: str | None = by_model("task", f"Problems and their verifier, one of: {', '.join(tasks.TASKS)}")
+    task: str | None = by_model("task", f"Problems and their reward: {tasks.HELP}")
     data: str | None = HfArg(
-        default=None, help="Local JSON, JSONL or parquet file to read in place of the task's dataset."
+        default=None,
+        help=f"Local file to read in place of the task's dataset: {tasks.COLUMNS}. Without --eval_data, a part of it "
+        "is held out.",
     )
     eval_task: str | None = HfArg(default=None, help="Task of the held-out problems (default: --task).")
     eval_data: str | None = HfArg(default=None, help="Local file to read in place of the held-out task's dataset.")
+    chat: bool = HfArg(default=False, help="Put each prompt into the model's chat template, as a user's message.")
+    system: str | None = HfArg(default=None, help="--chat: a system message before it.")
+    thinking: Literal["on", "off"] | None = HfArg(
+        default=None, help="--chat: let the model think before it answers, or not, if its template knows that."
+    )
+    stop: list[str] | None = HfArg(
+        default=None, help="Texts that end a response (default: the task's own, and none with --chat)."
+    )
+    reward_processes: int = HfArg(default=1, help="Processes that judge responses at the same time, for slow rewards.")
     seed: int = HfArg(default=0, help="Seed of problems, sampling and minibatches.")
 
     # The run
@@ -160,33 +171,45 @@ class Args:
     kv_cache_gib: float | None = by_model("kv_cache_gib", "GiB of vLLM's cache; more lets it generate more at once")
 
 
-def sample_batch(args: Args, sampler, problems: list[tasks.Problem]) -> tuple[list[list[Rollout]], Tensor]:
-    """G responses to each problem, and their rewards [P,G]."""
+class Batch(NamedTuple):
+    """What was sampled, and how it was judged."""
+
+    groups: list[list[Rollout]]  # [P][G], G responses to each of P problems
+    rewards: Tensor  # [P,G]
+    errors: list[str]  # a line for each reward that raised; it counts as 0
+
+
+def sample_batch(args: Args, sampler, problems: list[tasks.Problem], clock: Clock) -> Batch:
+    """G responses to each problem, and their rewards."""
     mine = ranks.my_share(problems)
-    groups = sampler.generate([p.prompt for p in mine], n=args.group, max_tokens=args.max_tokens)
-    rewards = [[tasks.reward(p, r.text) for r in group] for p, group in zip(mine, groups)]
-    return ranks.all_gather(groups), torch.tensor(ranks.all_gather(rewards))
+    with clock("generate"):
+        groups = sampler.generate([p.prompt for p in mine], n=args.group, max_tokens=args.max_tokens, stop=args.stop)
+    with clock("reward"):
+        texts = [[response.text for response in group] for group in groups]
+        rewards, errors = tasks.judge(args.task, mine, texts, args.reward_processes)
+    return Batch(ranks.all_gather(groups), torch.tensor(ranks.all_gather(rewards)), ranks.gather_lists(errors))
 
 
-def sample_dynamic(args: Args, sampler, problems: list[tasks.Problem]) -> tuple[list[list[Rollout]], Tensor, Tensor]:
+def sample_dynamic(args: Args, sampler, problems: list[tasks.Problem], clock: Clock) -> tuple[Batch, Tensor]:
     """--dynamic: sample batch after batch and keep the groups of unequal reward, until --prompts groups are found.
 
-    problems: enough for all batches. Returns (groups kept, their rewards [P,G], rewards of everything sampled). If
-    every group has equal rewards, the last batch is returned; its gradient is 0.
+    problems: enough for all batches. Returns (the groups kept, the rewards of everything sampled). If every group has
+    equal rewards, the last batch is returned; its gradient is 0.
     """
-    kept_groups, kept_rewards, all_rewards = [], [], []
+    kept_groups, kept_rewards, all_rewards, errors = [], [], [], []
     for start in range(0, len(problems), args.prompts):
-        groups, rewards = sample_batch(args, sampler, problems[start : start + args.prompts])
-        all_rewards.append(rewards)
-        for group, group_rewards in zip(groups, rewards):
+        batch = sample_batch(args, sampler, problems[start : start + args.prompts], clock)
+        all_rewards.append(batch.rewards)
+        errors += batch.errors
+        for group, group_rewards in zip(batch.groups, batch.rewards):
             if (group_rewards != group_rewards[0]).any():
                 kept_groups.append(group)
                 kept_rewards.append(group_rewards)
         if len(kept_groups) >= args.prompts:
             break
-    if not kept_groups:
-        return groups, rewards, torch.cat(all_rewards)
-    return kept_groups[: args.prompts], torch.stack(kept_rewards[: args.prompts]), torch.cat(all_rewards)
+    if kept_groups:
+        batch = Batch(kept_groups[: args.prompts], torch.stack(kept_rewards[: args.prompts]), errors)
+    return batch._replace(errors=errors), torch.cat(all_rewards)
 
 
 def split_into_local_and_global(args: Args, model, input_ids: Tensor, mask: Tensor) -> Heads:
@@ -254,21 +277,21 @@ def train_step(
     autocast = precision.autocast(args.dtype, device)  # on a CPU; on a GPU FSDP2 does the casting
 
     # 1, 2. Sample G responses to each problem and verify them. Then the sampler frees the GPU.
+    if args.dynamic:
+        batch, all_rewards = sample_dynamic(args, sampler, problems, clock)
+    else:
+        batch = sample_batch(args, sampler, problems, clock)
+        all_rewards = batch.rewards  # [P,G]
     with clock("generate"):
-        if args.dynamic:
-            groups, rewards, all_rewards = sample_dynamic(args, sampler, problems)
-        else:
-            groups, rewards = sample_batch(args, sampler, problems)  # [P][G], [P,G]
-            all_rewards = rewards
         sampler.sleep()
 
     # From here on one row per response: [B,N] with B = P * G. `order` shuffles the rows.
-    rollouts = [response for group in groups for response in group]
+    rollouts = [response for group in batch.groups for response in group]
     input_ids, mask, sampler_logprobs = (x.to(device) for x in pad_batch(rollouts))
     order = torch.randperm(len(rollouts), generator=generator).to(device)
 
     # 3. Advantages inside each group (Eq. 6). Rows with advantage 0 have gradient 0, so they are not scored.
-    advantages = group_advantages(rewards).flatten().to(device)  # [B]
+    advantages = group_advantages(batch.rewards).flatten().to(device)  # [B]
     rows = rows_to_score(advantages, order, at_least=args.group)
     is_scored = torch.zeros_like(mask)
     is_scored[rows] = mask[rows]  # [B,N], the response tokens that get signals; the others have advantage 0
@@ -315,7 +338,7 @@ def train_step(
         **stats,  # loss, grad_norm, skipped
         **describe_tokens(signals, gamma, sampler_logprobs, is_scored),
         "stale_weight": next((name for name in stale_weights if name), None),  # differs between sampler and trainer
-        **describe_rollouts(rollouts, rewards, all_rewards, args.horizon[0]),
+        **describe_rollouts(batch, all_rewards, args.horizon[0]),
         "tokens_per_s": mask.sum().item() / sum(clock.seconds.values()),
         "seconds": clock.seconds,
     }
@@ -333,8 +356,9 @@ def describe_tokens(signals: Signals, gamma: Tensor, sampler_logprobs: Tensor, i
     }
 
 
-def describe_rollouts(rollouts: list[Rollout], rewards: Tensor, all_rewards: Tensor, horizon_low: int) -> dict:
-    """What metrics.jsonl says about the responses of a step. rewards [P,G]: of the groups that were trained on."""
+def describe_rollouts(batch: Batch, all_rewards: Tensor, horizon_low: int) -> dict:
+    """What metrics.jsonl says about the responses of a step. batch: those that were trained on."""
+    rollouts = [response for group in batch.groups for response in group]
     return {
         "length": sum(len(r.ids) for r in rollouts) / len(rollouts),
         "truncated": sum(r.truncated for r in rollouts),
@@ -342,7 +366,9 @@ def describe_rollouts(rollouts: list[Rollout], rewards: Tensor, all_rewards: Ten
         "within_horizon": sum(len(r.ids) <= horizon_low for r in rollouts),  # too short to have an anchor
         "problems": len(all_rewards),
         "equal_groups": int((all_rewards == all_rewards[:, :1]).all(1).sum()),
-        "unequal_groups": int((rewards != rewards[:, :1]).any(1).sum()),
+        "unequal_groups": int((batch.rewards != batch.rewards[:, :1]).any(1).sum()),
+        "reward_errors": len(batch.errors),
+        "first_reward_error": batch.errors[0] if batch.errors else None,
     }
 
 
@@ -366,7 +392,7 @@ def main(args: Args, credit: Callable[..., Tensor] | None = None) -> None:
         seed = args.seed + ranks.rank()
         sampler = start_actor(
             args.engine, str(source), args.max_model_len, seed, args.kv_cache_gib, model, tokenizer,
-            sleep_mode=True, dtype=args.dtype,
+            sleep_mode=True, dtype=args.dtype, chat=chat(args),
         )  # fmt: skip
     set_seed(seed)  # after the engine, which seeds the global generators too
     if state:
@@ -376,7 +402,10 @@ def main(args: Args, credit: Callable[..., Tensor] | None = None) -> None:
     schedule = get_constant_schedule_with_warmup(optimizer, WARMUP_STEPS, last_epoch=run.step)
 
     def evaluate_held_out() -> None:
-        _, rewards = evaluate(sampler, ranks.my_share(test_set), args.eval_samples, args.max_tokens)
+        _, rewards = evaluate(
+            sampler, args.eval_task or args.task, ranks.my_share(test_set), args.eval_samples, args.max_tokens,
+            stop=args.stop, reward_processes=args.reward_processes,
+        )  # fmt: skip
         run.log_evaluation(torch.tensor(ranks.all_gather(rewards.tolist())).mean(1))
 
     with run.stopping_softly():  # Ctrl-C and SIGTERM end the run after the current step

@@ -67,7 +67,7 @@ def sample(model, tokenizer, problems: list, n: int) -> tuple[Tensor, Tensor, Te
     real = torch.cat([is_prompt, is_response], dim=1)  # [B,N]
     response = torch.cat([torch.zeros_like(is_prompt), is_response], dim=1)  # [B,N]
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-    rewards = [tasks.reward(problems[b // n], text) for b, text in enumerate(texts)]
+    rewards = [tasks.get(TASK).reward(problems[b // n], text) for b, text in enumerate(texts)]
     return ids, real, response, torch.tensor(rewards).view(-1, n)
 
 

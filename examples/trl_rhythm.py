@@ -188,11 +188,11 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(TINY)
     actor, held_out = TorchActor(model, tokenizer), tasks.load("countdown-tiny", "test", args.problems)
-    before = evaluate(actor, held_out, n=2, max_tokens=MAX_TOKENS)[1].mean(1)
+    before = evaluate(actor, "countdown-tiny", held_out, n=2, max_tokens=MAX_TOKENS)[1].mean(1)
     problems = {p.prompt: p for p in tasks.load("countdown-tiny", "train", PROMPTS * args.batches, args.seed)}
 
     def reward(prompts, completions, **_) -> list[float]:
-        return [tasks.reward(problems[p], text) for p, text in zip(prompts, completions)]
+        return [tasks.get("countdown-tiny").reward(problems[p], text) for p, text in zip(prompts, completions)]
 
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(), max_steps=MINIBATCHES * args.batches, steps_per_generation=MINIBATCHES,
@@ -206,7 +206,7 @@ def main(args: Args) -> None:
         credit=args.credit,
     )  # fmt: skip
     trainer.train()
-    after = evaluate(actor, held_out, n=2, max_tokens=MAX_TOKENS)[1].mean(1)
+    after = evaluate(actor, "countdown-tiny", held_out, n=2, max_tokens=MAX_TOKENS)[1].mean(1)
     (low, high), gain = (100 * x.mean().item() for x in (before, after)), mean_interval(after - before)
     seconds = time.perf_counter() - start
     print(

@@ -210,7 +210,9 @@ def main(args: Args) -> None:
         sys.exit(f"error: {e}")
     rollouts = actor.generate([p.prompt for p in problems], args.group, args.max_tokens, progress=True)
     actor.close()
-    rewards = torch.tensor([[tasks.reward(p, r.text) for r in group] for p, group in zip(problems, rollouts)])
+    rewards = torch.tensor(
+        [[tasks.get(args.task).reward(p, r.text) for r in group] for p, group in zip(problems, rollouts)]
+    )
     rollouts, device = [r for group in rollouts for r in group], model.device
     first = len(rollouts) if found else len(rollouts) // 2  # responses for grad J; the rest is the arms'
     baseline = (rewards.sum(1, keepdim=True) - rewards) / (args.group - 1)

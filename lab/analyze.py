@@ -40,7 +40,7 @@ from lab import linkage, perturb, report, sinks, truth
 from node.output import markdown, minutes
 from node.run import new_folder, refuse_other_args, write_args
 from node.settings import TINY, check_length, fill_defaults, load_model, parse_args
-from rollout import chat_prompts, pad_batch, start_actor
+from rollout import Chat, pad_batch, start_actor, tokenize
 
 PAGES = 6  # responses shown on the page
 DEFAULTS = {  # of arguments that are not given: for the tiny model and what is trained from it; for any other model
@@ -107,7 +107,7 @@ def separators(tokenizer, rollouts: list, responses: list[linkage.Response]) -> 
     }
 
 
-def described(tokenizer, problem, rollout, response: linkage.Response) -> dict:
+def described(task, tokenizer, problem, rollout, response: linkage.Response) -> dict:
     """One response for the page: its tokens, and what the tip of each says."""
     tokens = [tokenizer.decode([t]) for t in rollout.ids]
     waad, fai, entropy = (torch.tensor(np.nan_to_num(response[n]))[None].float() for n in ("WAAD", "FAI", "entropy"))
@@ -126,7 +126,7 @@ def described(tokenizer, problem, rollout, response: linkage.Response) -> dict:
         for t, token in enumerate(tokens)
     ]
     return {
-        "prompt": problem.prompt, "correct": tasks.reward(problem, rollout.text) == 1, "tokens": tokens,
+        "prompt": problem.prompt, "correct": task.reward(problem, rollout.text) == 1, "tokens": tokens,
         "shades": {"WAAD": response["WAAD"], "FAI": response["FAI"]}, "tips": tips,
     }  # fmt: skip
 
@@ -164,18 +164,28 @@ def main(args: Args) -> None:
             raise ValueError(f"--top_k {args.top_k}: there are {others} other tokens to force")
         if not 0 <= args.temperature < float("inf"):
             raise ValueError(f"--temperature {args.temperature}: 0 (greedy) or above")
-        prompts = [p.prompt for p in problems]
-        longest_prompt = max(map(len, chat_prompts(tokenizer, prompts) if args.chat else tokenizer(prompts).input_ids))
+        prompts, template = [p.prompt for p in problems], Chat() if args.chat else None
+        longest_prompt = max(map(len, tokenize(tokenizer, prompts, template)))
         max_model_len = longest_prompt + 2 * args.max_tokens  # a continuation may be as long as a response
         check_length(args.model, model.config, max_model_len, f"--max_tokens {args.max_tokens}")
         if folder is None:
             folder = new_folder(args.out, f"analysis-{args.task}")
             write_args(args, folder)
         print(f"{folder}: starting {args.engine}", flush=True)
-        actor = start_actor(args.engine, args.model, max_model_len, args.seed, args.kv_cache_gib, model, tokenizer)
+        actor = start_actor(
+            args.engine, args.model, max_model_len, args.seed, args.kv_cache_gib, model, tokenizer, chat=template
+        )
         set_seed(args.seed)
         if not (folder / "responses.jsonl").exists():
-            groups, verdicts = evaluate(actor, problems, 1, args.max_tokens, args.temperature, args.chat)
+            groups, verdicts = evaluate(
+                actor,
+                args.task,
+                problems,
+                1,
+                args.max_tokens,
+                args.temperature,
+                tasks.stops(args.task, None, args.chat),
+            )
             truth.write_rollouts(folder, [r for (r,) in groups], verdicts.flatten().tolist())
         rollouts, rewards = truth.read_rollouts(folder)
         rewards = torch.tensor(rewards)
@@ -217,7 +227,7 @@ def main(args: Args) -> None:
     }  # fmt: skip
     if args.positions:
         found["table 1"] = perturb.table(
-            actor, model, tokenizer, problems, rollouts, responses, input_ids, mask,
+            actor, model, tokenizer, args.task, problems, rollouts, responses, input_ids, mask,
             args.max_tokens, folder / "continuations.jsonl", args.positions, args.top_k,
         )  # fmt: skip
     actor.close()
@@ -236,7 +246,7 @@ def main(args: Args) -> None:
         report.perturbation_figure(found, folder / "perturbation.png")
 
     order = [shown, *(i for i in long if i != shown)][:PAGES]
-    texts = [described(tokenizer, problems[i], rollouts[i], responses[i]) for i in order]
+    texts = [described(tasks.get(args.task), tokenizer, problems[i], rollouts[i], responses[i]) for i in order]
     title, tables = f"Preplan and anchor in {args.model}", report.tables(found)
     intro = (
         f"{len(rollouts)} responses to {args.data or args.task}, temperature {args.temperature}, "

@@ -298,7 +298,7 @@ def whole_step(args: Args) -> None:
         train_dataset=Dataset.from_list([{"prompt": p.prompt} for batch in batches for p in batch]),
         callbacks=[TakeTurns()],
         reward_funcs=lambda prompts, completions, **_: [
-            tasks.reward(by_prompt[p], c) for p, c in zip(prompts, completions)
+            tasks.get(ours.task).reward(by_prompt[p], c) for p, c in zip(prompts, completions)
         ],
     )
     trainer.remove_callback(PrinterCallback)

@@ -49,7 +49,7 @@ import train
 from credit import assign_credit
 from eval import evaluate
 from grpo import group_advantages, shape_advantages, update
-from node.run import take_problems
+from node.run import Clock, take_problems
 from node.settings import TINY, load_model, parse_args
 from rollout import VLLMActor, pad_batch
 
@@ -88,7 +88,7 @@ def train_run(model, actor, weights: dict, args: train.Args, test_set: list[task
     heads, success, rewards_by_step, norms = None, {}, [], []
     for step in range(STEPS):
         problems = take_problems(train_set, step * args.prompts, args.prompts, args.seed)
-        groups, rewards = train.sample_batch(args, actor, problems)
+        groups, rewards, _ = train.sample_batch(args, actor, problems, Clock())
         rollouts = [r for group in groups for r in group]
         input_ids, mask, _ = pad_batch(rollouts)
         advantages = group_advantages(rewards).flatten()
@@ -118,7 +118,7 @@ def evaluate_quietly(actor, test_set: list[tasks.Problem], args: train.Args):
     """eval.evaluate without its progress bar."""
     actor.generate, own = lambda *a, progress=False: type(actor).generate(actor, *a), actor.generate
     try:
-        return evaluate(actor, test_set, args.eval_samples, args.max_tokens)
+        return evaluate(actor, args.task, test_set, args.eval_samples, args.max_tokens)
     finally:
         actor.generate = own
 

@@ -117,8 +117,8 @@ def alternatives(model, input_ids: Tensor, mask: Tensor, places: list[Place], k:
 
 
 def perturb(
-    actor, tokenizer, problems: list, rollouts: list[Rollout], places: list[Place], others: list, max_tokens: int,
-    file: Path,
+    actor, tokenizer, task: str, problems: list, rollouts: list[Rollout], places: list[Place], others: list,
+    max_tokens: int, file: Path,
 ) -> dict[Place, Kept]:  # fmt: skip
     """Continue greedily from each place, with its own token and with each alternative.
 
@@ -135,7 +135,7 @@ def perturb(
     rests = read_lines(file)
     words = [content_words(rest) for rest in rests]
     right = [
-        tasks.reward(problems[i], tokenizer.decode([*rollouts[i].ids[:t], token]) + rest)
+        tasks.get(task).reward(problems[i], tokenizer.decode([*rollouts[i].ids[:t], token]) + rest)
         for (i, t, token), rest in zip(starts, rests)
     ]
     kept, at = {}, 0
@@ -190,7 +190,7 @@ def compare(kept: dict[Place, Kept], high: list[Place], low: list[Place], paired
 
 
 def table(
-    actor, model, tokenizer, problems, rollouts, responses, input_ids, mask, max_tokens, file, count=3, k=3
+    actor, model, tokenizer, task, problems, rollouts, responses, input_ids, mask, max_tokens, file, count=3, k=3
 ) -> dict:
     """Table 1 in four columns: as the paper has it, matched, at separators, at other tokens; file as in perturb().
 
@@ -208,7 +208,7 @@ def table(
     arms["matched"] = arms["as the paper"][0], matched(responses, arms["as the paper"][0])
     places = sorted({p for both in arms.values() for side in both for p in side})
     others = alternatives(model, input_ids, mask, places, k, tokenizer.all_special_ids)
-    kept = perturb(actor, tokenizer, problems, rollouts, places, others, max_tokens, file)
+    kept = perturb(actor, tokenizer, task, problems, rollouts, places, others, max_tokens, file)
     out = {}
     for name in ("as the paper", "matched", "separators only", "other tokens only"):
         out[name] = compare(kept, *arms[name], paired=name == "matched")

@@ -137,9 +137,9 @@ def skills(actor, problems: list[tasks.Problem], max_tokens: int = 128, yes: str
             found = [*re.finditer(r"(\d+) ?([-+*/]) ?(\d+) ?= ?(\d+)", line)]
             results += [worth[m[2]](int(m[1]), int(m[3])) == int(m[4]) for m in found]
             if found and (said := line[found[-1].end() :]):
-                judged.append((problem.target == int(found[-1][4])) == (yes in said))
+                judged.append((problem.answer[1] == int(found[-1][4])) == (yes in said))
     return {
-        "success": sum(tasks.reward(p, text) for p, text in pairs) / len(pairs),
+        "success": sum(tasks.get("countdown").reward(p, text) for p, text in pairs) / len(pairs),
         "arithmetic": sum(results) / max(len(results), 1),
         "judgement": sum(judged) / max(len(judged), 1),
     }

@@ -216,7 +216,9 @@ def read(folder: str | Path) -> Measured:
 def sample(args: Args, actor, problems: list[tasks.Problem], folder: Path) -> None:
     """The responses and their verdicts, as a file that is whole or not there."""
     groups = actor.generate([p.prompt for p in problems], args.group, args.max_tokens, progress=True)
-    made = [(r, tasks.reward(problem, r.text)) for problem, group in zip(problems, groups) for r in group]
+    made = [
+        (r, tasks.get(args.task).reward(problem, r.text)) for problem, group in zip(problems, groups) for r in group
+    ]
     write_rollouts(folder, *zip(*made))
 
 
@@ -258,7 +260,7 @@ def main(args: Args) -> None:
             problem_of, rollouts = read(folder)[1:3]
 
             def reward(b: int, ids: list[int]) -> float:
-                return tasks.reward(problem_of[b], tokenizer.decode(ids, skip_special_tokens=True))
+                return tasks.get(args.task).reward(problem_of[b], tokenizer.decode(ids, skip_special_tokens=True))
 
             continue_all(
                 actor, reward, rollouts, args.continuations, args.max_tokens, folder / "values.jsonl", args.sure

@@ -1,6 +1,8 @@
 """Before anything long starts: check arguments, data and model, or print the plan (--dry_run)."""
 
+import logging
 import math
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from node import memory, precision, ranks
 from node.checkpoint import load_sharded
 from node.run import read_args
 from node.settings import fill_defaults, load_config, load_tokenizer
+from rollout import chat, tokenize
 
 
 def complete_args(args, defaults: dict):
@@ -28,6 +31,7 @@ def complete_args(args, defaults: dict):
     else:
         args, note = fill_defaults(args, defaults, args.model)
         ranks.print_once(note)
+        args = replace(args, stop=tasks.stops(args.task, args.stop, args.chat))
     if args.dtype == "auto":
         args = replace(args, dtype=precision.choose_dtype("auto", load_config(args.model)))
     check_args(args)
@@ -49,7 +53,7 @@ def check_args(args) -> None:
             f"--group {args.group}: an advantage compares responses to one problem, so it needs two or more"
         )
     must_lie(1, math.inf, "steps", "prompts", "micro_tokens", "max_tokens", "window", "k", "heads_every",
-             "eval_samples", "save_every", "keep")  # fmt: skip
+             "eval_samples", "save_every", "keep", "reward_processes")  # fmt: skip
     must_lie(0, math.inf, "eval_every")
     must_lie(0, 1, "q", "alpha", "epsilon")
     must_lie(0.01, 0.5, "head_quantile")
@@ -70,30 +74,81 @@ def check_args(args) -> None:
         )
 
 
+HELD_OUT = 512  # problems, at most, that are held out of --data
+
+
 def load_problems(args, tokenizer) -> tuple[list[tasks.Problem], list[tasks.Problem]]:
     """Training and held-out problems. Those too long for --max_model_len are left out and counted.
 
+    Without --eval_data, some problems of --data are held out, always the same. No held-out problem is trained on.
     Raises ValueError if too few are left.
     """
+    if ranks.rank() > 0:
+        logging.getLogger("tasks").setLevel(logging.ERROR)  # rank 0 says which rows of a file are left out
     eval_task = args.eval_task or args.task
+    if args.data and args.eval_data and Path(args.data).resolve() == Path(args.eval_data).resolve():
+        raise ValueError(
+            f"--data and --eval_data are the same file, {args.data}: leave --eval_data away to hold out a part"
+        )
     train_set = tasks.load(args.task, "train", seed=args.seed, data=args.data)
-    test_set = tasks.load(eval_task, "test", args.eval_problems, data=args.eval_data)
+    if args.data and not args.eval_data and eval_task == args.task:
+        train_set, test_set = hold_out(train_set, args.eval_problems or HELD_OUT)
+        ranks.print_once(
+            f"{args.data}: {len(test_set)} of its {len(train_set) + len(test_set)} problems are held out (--eval_data "
+            "gives others)"
+        )
+    else:
+        test_set = tasks.load(eval_task, "test", args.eval_problems, data=args.eval_data)
+        held_out = {problem.prompt for problem in test_set}
+        both = sum(problem.prompt in held_out for problem in train_set)
+        if both:
+            ranks.print_once(f"{both} training problems are also held out: they are not trained on")
+            train_set = [problem for problem in train_set if problem.prompt not in held_out]
 
-    def short(problems: list[tasks.Problem], task: str, kind: str, needed: int) -> list[tasks.Problem]:
-        lengths = map(len, tokenizer([p.prompt for p in problems]).input_ids)
+    def short(problems: list[tasks.Problem], source: str, kind: str, needed: int) -> list[tasks.Problem]:
+        lengths = map(len, tokenize(tokenizer, [p.prompt for p in problems], chat(args)) if problems else [])
         fitting = [p for p, n in zip(problems, lengths) if 0 < n and n + args.max_tokens <= args.max_model_len]
         if needed > len(fitting):
             raise ValueError(
-                f"{task} has {len(problems)} {kind} problems, of which {len(fitting)} fit --max_model_len "
+                f"{source} has {len(problems)} {kind} problems, of which {len(fitting)} fit --max_model_len "
                 f"{args.max_model_len} with --max_tokens {args.max_tokens}; {needed} are needed"
             )
         if len(fitting) < len(problems):
             ranks.print_once(
-                f"{task}: {len(problems) - len(fitting)} of {len(problems)} {kind} problems are too long, left out"
+                f"{source}: {len(problems) - len(fitting)} of {len(problems)} {kind} problems are too long, left out"
             )
         return fitting
 
-    return short(train_set, args.task, "training", args.prompts), short(test_set, eval_task, "held-out", 2)
+    train_set = short(train_set, args.data or args.task, "training", args.prompts)
+    test_set = short(test_set, args.eval_data or args.data or eval_task, "held-out", 2)
+    warn_of_unknown_tokens(args, tokenizer, train_set)
+    return train_set, test_set
+
+
+def hold_out(problems: list[tasks.Problem], most: int) -> tuple[list[tasks.Problem], list[tasks.Problem]]:
+    """Training problems and held-out ones: one in eight, at most `most`. Which, depends on the prompts only.
+
+    >>> train, test = hold_out([tasks.Problem(f"{i} + 1 =") for i in range(16)], most=512)
+    >>> len(train), [problem.prompt for problem in test]
+    (14, ['6 + 1 =', '10 + 1 ='])
+    """
+    by_hash = sorted(problems, key=lambda problem: zlib.crc32(problem.prompt.encode()))
+    chosen = {problem.prompt for problem in by_hash[: min(most, max(2, len(problems) // 8))]}
+    return (
+        [problem for problem in problems if problem.prompt not in chosen],
+        [problem for problem in problems if problem.prompt in chosen],
+    )
+
+
+def warn_of_unknown_tokens(args, tokenizer, problems: list[tasks.Problem]) -> None:
+    """Say so if the tokenizer does not know much of the prompts, because the model is then trained on noise."""
+    ids = [token for row in tokenize(tokenizer, [p.prompt for p in problems[:100]], chat(args)) for token in row]
+    unknown = sum(token == tokenizer.unk_token_id for token in ids)
+    if tokenizer.unk_token_id is not None and unknown > len(ids) / 20:
+        ranks.print_once(
+            f"warning: {100 * unknown / len(ids):.0f} % of the prompts' tokens are unknown to the tokenizer of "
+            f"{args.model} ({tokenizer.unk_token}): is this the model for {args.task}?"
+        )
 
 
 def print_plan(args) -> None:

@@ -137,6 +137,11 @@ def all_gather(mine: list) -> list:
     return [parts[i % world_size()][i // world_size()] for i in range(total)]
 
 
+def gather_lists(mine: list) -> list:
+    """The ranks' lists, one after the other. All ranks must call."""
+    return [item for part in all_gather([mine]) for item in part]
+
+
 def from_rank_0(value):
     """Rank 0's value, on every rank. All ranks must call."""
     return all_gather([value])[0]

@@ -117,6 +117,12 @@ class Run:
 
     def _stop_if_broken(self, record: dict) -> None:
         gap = record["gap_mean"]
+        if record["reward_errors"]:
+            text = f"{record['reward_errors']} rewards raised and count as 0. The first: {record['first_reward_error']}"
+            if record["reward_errors"] == record["problems"] * self.args.group:
+                self.save()
+                ranks.exit_with_error(f"step {self.step}: all {text}. The run is saved in {self.folder}")
+            self.say(f"step {self.step}: {text}")
         if record["stale_weight"]:
             self.save()
             ranks.exit_with_error(

@@ -1,58 +1,88 @@
-"""Problems, prompts and the one verifier that gives the reward in training and the score in evaluation.
+"""Problems and rewards: the built-in tasks, tasks in files of yours, and the judging of responses.
 
 countdown.py makes its problems and judges them. benchmarks.py fetches public datasets of mathematics and question
-answering, which verify.py judges. Imports nothing else of ours.
+answering, which verify.py judges. problem.py says what a task is. This folder imports nothing else of ours.
 """
 
+import importlib.util
+import math
+import multiprocessing
 import random
-from dataclasses import dataclass
+import sys
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from pathlib import Path
 
-from tasks import benchmarks, countdown, verify
-from tasks.benchmarks import BENCHMARKS, Benchmark
-from tasks.countdown import Countdown
+from tasks.benchmarks import BENCHMARKS
+from tasks.countdown import VARIANTS, Countdown
+from tasks.problem import Problem, Task
 
-TASKS: dict[str, Countdown | Benchmark] = {**countdown.VARIANTS, **BENCHMARKS}
+TASKS: dict[str, Task] = {**VARIANTS, **BENCHMARKS}
+COLUMNS = "a .json, .jsonl or .parquet file with columns question and answer for gsm8k, prompt and solution for math"
+HELP = f"one of {', '.join(TASKS)}; or a Python file with two functions, load and reward (examples/my_task.py)"
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A prompt to complete, the task whose verifier judges the completion, and what that verifier needs."""
-
-    prompt: str
-    task: str
-    numbers: tuple[int, ...]  # Countdown's; the others have none
-    target: int | str  # Countdown's number; the others' right answer, or its letter
+@lru_cache
+def get(name: str) -> Task:
+    """The task of this name, or the one in this Python file. ValueError, in one line, for anything else."""
+    if name in TASKS:
+        return TASKS[name]
+    if not name.endswith(".py"):
+        raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}, or give a Python file, my_task.py")
+    path = Path(name).resolve()
+    if not path.is_file():
+        raise ValueError(f"--task {name}: no such file")
+    sys.path.append(str(path.parent))  # it may import what lies beside it
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise ValueError(f"--task {name} cannot be imported: {_where(e, path)}") from e
+    for function in ("load(split, data=None)", "reward(problem, text)"):
+        if not callable(getattr(module, function.partition("(")[0], None)):
+            raise ValueError(f"--task {name} has no function {function}: see examples/my_task.py")
+    return module
 
 
 def load(name: str, split: str = "test", n: int | None = None, seed: int = 0, data: str | None = None) -> list[Problem]:
-    """n distinct problems of a task, the same for the same arguments. data is a local file to read in place of the hub.
+    """n problems of a task, the same for the same arguments. data: a local file to read, for tasks that read one.
 
-    A dataset's problems come in the file's order when n is None, all of them; otherwise seed draws n of them.
+    Those of a dataset or of a file come in its order if n is None, all of them; otherwise seed draws n of them.
     Countdown's are made from seed; None means the task's own number of them.
     Raises ValueError, in one line, for an unknown task or split, naming the choices; for fewer than n problems; and for
     a dataset or file that cannot be read.
     """
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
+    task, rng = get(name), random.Random(f"{name}/{split}/{seed}")
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}: choose train or test")
     if n is not None and n < 0:
         raise ValueError(f"{n} problems of task {name!r}: ask for none or more")
-    task, rng = TASKS[name], random.Random(f"{name}/{split}/{seed}")
     if isinstance(task, Countdown):
-        if data is not None:
-            raise ValueError(f"--data {data}: task {name!r} makes its problems and reads no file")
-        made = countdown.make(name, task, split, getattr(task, split) if n is None else n, rng)
-        return [Problem(prompt, name, numbers, target) for prompt, numbers, target in made]
-    if split not in task.splits:
-        others = [t for t, s in TASKS.items() if isinstance(s, Countdown) or split in s.splits]
+        return task.load(split, data, n, rng)
+    if name in TASKS and split not in task.splits:
+        others = [t for t, other in TASKS.items() if isinstance(other, Countdown) or split in other.splits]
         raise ValueError(f"task {name!r} has no {split} split; these have one: {', '.join(others)}")
-    if task.verifier == "maths":
-        verify.check()
-    found = [Problem(prompt, name, (), target) for prompt, target in benchmarks.problems(task, split, data)]
+    found = task.load(split, data) if name in TASKS else _load_from_file(name, task, split, data)
     if n is not None and n > len(found):
         raise ValueError(f"task {name!r} has no {n} distinct {split} problems, only {len(found)}")
     return found if n is None else rng.sample(found, n)
+
+
+def _load_from_file(name: str, task: Task, split: str, data: str | None) -> list[Problem]:
+    """The problems of a task in a file of the user's, where anything can be wrong."""
+    call = f"--task {name}: load({split!r}, {data!r})"
+    try:
+        found = list(task.load(split, data))
+    except Exception as e:
+        raise ValueError(f"{call} raised {_where(e, Path(name).resolve())}") from e
+    for i, problem in enumerate(found):
+        if not isinstance(getattr(problem, "prompt", None), str):
+            raise ValueError(f"{call}: item {i} is {problem!r:.80}, not a Problem(prompt, answer) with a text prompt")
+    if not found:
+        raise ValueError(f"{call} returned no problems")
+    return found
 
 
 def samples(name: str) -> int:
@@ -61,20 +91,57 @@ def samples(name: str) -> int:
     >>> samples("aime24"), samples("math500"), samples("countdown")
     (16, 1, 4)
     """
-    return TASKS[name].k
+    return getattr(get(name), "samples", 1)
 
 
-def reward(problem: Problem, text: str) -> float:
-    r"""1.0 when the response text solves the problem, else 0.0. Never raises; the time is linear in len(text).
+def stops(name: str, given: list[str] | None, chat: bool) -> list[str]:
+    """The texts that end a response: --stop, or else the task's own, which belong to its prompts without --chat."""
+    if given is not None:
+        return given
+    return [] if chat else list(getattr(get(name), "stop", ()))
 
-    Countdown's answer is the last <answer>…</answer>, the others' the last \boxed{…}.
 
-    >>> reward(Problem("", "countdown", (3, 7, 5), 38), "5*7=35 35+3=38</think><answer>5 * 7 + 3</answer>")
-    1.0
-    >>> reward(Problem("", "math500", (), r"\frac{1}{2}"), r"It is \boxed{0.5}.")
-    1.0
+def judge(
+    name: str, problems: list[Problem], texts: list[list[str]], processes: int = 1
+) -> tuple[list[list[float]], list[str]]:
+    """The rewards of several responses to each problem, and what went wrong, a line for each reward that raised.
+
+    A reward that raises, or returns no finite number, counts as 0. processes: how many judge at the same time, each
+    with the task loaded anew.
+
+    >>> judge("countdown", [Problem("", ((3, 7, 5), 38))], [["<answer>5*7+3</answer>", "38"]])
+    ([[1.0, 0.0]], [])
     """
-    task = TASKS[problem.task]
-    if isinstance(task, Countdown):
-        return countdown.judge(problem.numbers, problem.target, text)
-    return (verify.maths if task.verifier == "maths" else verify.choice)(problem.target, text)
+    pairs = [(problem, text) for problem, responses in zip(problems, texts) for text in responses]
+    if processes == 1:
+        judged = [_judge_one(name, *pair) for pair in pairs]
+    else:
+        jobs = [_pool(processes).submit(_judge_one, name, *pair) for pair in pairs]
+        judged = [job.result() for job in jobs]
+    rewards, errors = iter([reward for reward, _ in judged]), [error for _, error in judged if error]
+    return [[next(rewards) for _ in responses] for responses in texts], errors
+
+
+def _judge_one(name: str, problem: Problem, text: str) -> tuple[float, str | None]:
+    task = get(name)
+    try:
+        reward = float(task.reward(problem, text))
+    except Exception as e:
+        where = _where(e, Path(name).resolve())
+        return 0.0, f"reward raised {where}, for the response {text[:60]!r} to the prompt {problem.prompt[-60:]!r}"
+    if not math.isfinite(reward):
+        return 0.0, f"reward returned {reward} for the response {text[:60]!r} to the prompt {problem.prompt[-60:]!r}"
+    return reward, None
+
+
+@lru_cache
+def _pool(processes: int) -> ProcessPoolExecutor:
+    """Processes that judge. They are new ones (spawn), because a fork would copy the GPU's and vLLM's state."""
+    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _where(e: Exception, path: Path) -> str:
+    """An exception in one line: its type, its text, and the last line of the user's file that it passed."""
+    lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
+    text = (str(e).strip() or "no text").splitlines()[0]
+    return f"{type(e).__name__}: {text}" + (f" (line {lines[-1]})" if lines else "")

@@ -1,57 +1,101 @@
-r"""The public datasets behind tasks.load: where each lies, what its columns are called, how a row becomes a problem.
+r"""Public datasets of mathematics and question answering, and files of yours with the same columns.
 
 A dataset comes from the Hugging Face hub, or from a local file (JSON, JSON Lines, parquet) with the same columns. Rows
-keep the file's order; a question that comes again is left out, and so is a multiple-choice row whose answer names none
-of its options, which nobody could verify. nvidia/Nemotron-CrossThink has one file of questions: a hash of the question
-holds one in 64 out for testing, so no training question, however often the file repeats it, is a test question.
+keep the file's order. A row is left out, and counted, if its question has come before, if it has no answer, or if the
+answer to a multiple-choice question names none of its options. nvidia/Nemotron-CrossThink has one file of questions: a
+hash of the question holds one in 64 out for testing, so no training question, however often the file repeats it, is a
+test question.
 
 Ids, configs, splits and columns were taken from public code that loads these datasets, not tried against the hub. The
 least certain: that meta_data.question of Nemotron-CrossThink carries the lettered options, as the files that others
 derived from it do. Its open questions are left out.
 """
 
+import json
+import logging
 import re
 import tempfile
 import warnings
 import zlib
+from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tasks import verify
+from tasks.problem import Problem
+
+log = logging.getLogger(__name__)
 
 MATHS = "Please reason step by step, and put your final answer within \\boxed{}."
 CHOICE = "Please reason step by step, and put the letter of the correct option within \\boxed{}."
 
 
+def plain_answer(answer: object) -> str | None:
+    """An answer that is a text or a number, as text; None for anything else."""
+    return str(answer).strip() if isinstance(answer, str | int | float) else None
+
+
+def last_part(answer: object) -> str | None:
+    """GSM8K's answer follows its worked solution, after ####."""
+    return plain_answer(answer).rpartition("####")[2].strip() if isinstance(answer, str) else plain_answer(answer)
+
+
+def joined(answer: object) -> str | None:
+    """OlympiadBench's answers are lists."""
+    return ", ".join(map(str, answer)) if isinstance(answer, list) else plain_answer(answer)
+
+
 @dataclass(frozen=True)
 class Benchmark:
-    """A dataset. Columns may lie inside others, as in reward_model.ground_truth."""
+    """A task. Columns may lie inside others, as in reward_model.ground_truth."""
 
     hub: str  # the dataset's id
     question: str
-    answer: str  # a text, a number, or a list of them
+    answer: str
     splits: dict[str, str] = field(default_factory=lambda: {"test": "test"})  # ours: the hub's
     config: str | None = None
     file: str | None = None  # the one file of the repository to read; then its split is called train
     context: str | None = None  # what the question is about, if that is a column of its own
     choices: str | None = None  # the options of a multiple-choice question, if they are not lines of the question
     verifier: str = "maths"  # maths or choice: verify.py's functions
+    read_answer: Callable[[object], str | None] = plain_answer  # what the answer's column holds -> the answer
     held_out: int | None = None  # one question in so many is for testing; the rest, for training
-    k: int = 1  # samples that its evaluation takes: 16 makes avg@16
+    samples: int = 1  # that its evaluation takes of each problem: 16 makes avg@16
+    stop: tuple[str, ...] = ("\n\nQuestion:",)  # a base model would go on with a question of its own
+
+    def __post_init__(self):
+        if self.verifier not in ("maths", "choice"):
+            raise ValueError(f"unknown verifier {self.verifier!r} of dataset {self.hub}: choose maths or choice")
+
+    def load(self, split: str, data: str | None = None) -> list[Problem]:
+        """The problems of a split, from the hub or from a local file. answer: the right answer, or its letter."""
+        if self.verifier == "maths":
+            verify.check()
+        return [Problem(prompt, answer) for prompt, answer in problems(self, split, data)]
+
+    def reward(self, problem: Problem, text: str) -> float:
+        r"""1.0 if the last \boxed{} of the response is right, else 0.0."""
+        return (verify.maths if self.verifier == "maths" else verify.choice)(problem.answer, text)
 
 
 BENCHMARKS = {
     "math": Benchmark(  # DAPO-Math-17k; the original repeats each question about a hundred times
         "open-r1/DAPO-Math-17k-Processed", "prompt", "solution", {"train": "train"}, config="all"
     ),
-    "aime24": Benchmark("HuggingFaceH4/aime_2024", "problem", "answer", {"test": "train"}, k=16),
-    "aime25": Benchmark("math-ai/aime25", "problem", "answer", k=16),
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "problem", "answer", {"test": "train"}, samples=16),
+    "aime25": Benchmark("math-ai/aime25", "problem", "answer", samples=16),
     "amc23": Benchmark("math-ai/amc23", "question", "answer"),
     "math500": Benchmark("HuggingFaceH4/MATH-500", "problem", "answer"),
     "olympiadbench": Benchmark(
-        "Hothan/OlympiadBench", "question", "final_answer", {"test": "train"}, "OE_TO_maths_en_COMP", context="context"
+        "Hothan/OlympiadBench", "question", "final_answer", {"test": "train"}, "OE_TO_maths_en_COMP", context="context",
+        read_answer=joined,
     ),
     "minerva": Benchmark("math-ai/minervamath", "question", "answer"),
-    "gsm8k": Benchmark("openai/gsm8k", "question", "answer", {"train": "train", "test": "test"}, "main"),
+    "gsm8k": Benchmark(
+        "openai/gsm8k", "question", "answer", {"train": "train", "test": "test"}, "main", read_answer=last_part
+    ),
     "crossthink-qa": Benchmark(
         "nvidia/Nemotron-CrossThink",
         "meta_data.question",
@@ -69,38 +113,44 @@ BENCHMARKS = {
 
 
 def problems(benchmark: Benchmark, split: str, data: str | None = None) -> list[tuple[str, str]]:
-    """(prompt, target) of each problem of a split that the benchmark has; data is a local file to read instead.
+    """(prompt, answer) of each problem of a split that the benchmark has; data is a local file to read instead.
 
     A local file is the split that is asked for, except where a hash tells the splits apart. Raises ValueError, in one
     line, when the file or the hub cannot be read, lacks a column, or holds no problem.
     """
-    rows = _local(data) if data else _hub(benchmark, benchmark.splits[split])
-    missing = [c for c in columns(benchmark) if c not in rows.column_names and not any(_get(row, c) for row in rows)]
+    where = data or f"dataset {benchmark.hub}"
+    rows = read_file(data) if data else list(_hub(benchmark, benchmark.splits[split]))
+    missing = [c for c in columns(benchmark) if not any(_get(row, c) is not None for row in rows)]
     if missing:
         raise ValueError(
-            f"{data or 'dataset ' + benchmark.hub} has columns {_quoted(rows.column_names)}, needs {_quoted(missing)}: "
-            f"pass a local file with columns {_quoted(columns(benchmark))} by --data FILE"
+            f"{where} has columns {_quoted(dict.fromkeys(c for row in rows for c in row))}, needs {_quoted(missing)}: "
+            f"pass a local file with columns {_quoted(columns(benchmark))}"
         )
-    found = {}
+    found, left_out = {}, Counter()
     for row in rows:
-        question, answer = _get(row, benchmark.question), _get(row, benchmark.answer)
+        question, answer = _get(row, benchmark.question), benchmark.read_answer(_get(row, benchmark.answer))
         context, choices = _get(row, benchmark.context), _get(row, benchmark.choices)
-        if not (question and answer not in (None, "", [])):
+        if not isinstance(question, str) or not question.strip() or not answer:
+            left_out["without a question or an answer"] += 1
             continue
         if benchmark.held_out and (zlib.crc32(question.encode()) % benchmark.held_out == 0) != (split == "test"):
             continue
-        answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
         if benchmark.verifier == "choice":
             if choices:
                 question += "".join(f"\n{chr(65 + i)}. {c}" for i, c in enumerate(choices))
             if (answer := letter(question, answer)) is None:
+                left_out["whose answer is none of the options"] += 1
                 continue
         system = MATHS if benchmark.verifier == "maths" else CHOICE
         context = f"Context: {context}\n\n" if context else ""
         prompt = f"{system}\n\n{context}Question: {question}\n\nAnswer:"
-        found.setdefault(prompt, answer.rpartition("####")[2].strip())  # gsm8k's follows its worked solution
+        left_out["that repeat a question"] += prompt in found
+        found.setdefault(prompt, answer)
     if not found:
-        raise ValueError(f"{data or 'dataset ' + benchmark.hub} holds no {split} problem with an answer to verify")
+        raise ValueError(f"{where} holds no {split} problem with an answer to verify")
+    if left_out.total():
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+        log.warning("%s: %d of %d rows left out: %s", where, left_out.total(), len(rows), reasons)
     return list(found.items())
 
 
@@ -124,7 +174,7 @@ def columns(benchmark: Benchmark) -> list[str]:
     return [c for c in (benchmark.question, benchmark.answer, benchmark.context, benchmark.choices) if c]
 
 
-def _quoted(names: list[str]) -> str:
+def _quoted(names) -> str:
     return ", ".join(map(repr, names))
 
 
@@ -135,22 +185,63 @@ def _get(row: dict, column: str | None):
     return row
 
 
-def _local(data: str):
-    """The rows of a local file, as a datasets.Dataset; its cache is gone when the rows are read."""
+def read_file(data: str) -> list[dict]:
+    """The rows of a local file. ValueError, in one line that names the file and the line, if it cannot be read.
+
+    Numbers in JSON are the text that stands there: large ones keep their digits.
+    """
+    path = Path(data)
+    if not path.is_file():
+        raise ValueError(f"{data}: no such file")
+    if path.suffix == ".parquet":
+        rows = _parquet(path)
+    elif path.suffix in (".json", ".jsonl"):
+        rows = _json(path)
+    else:
+        raise ValueError(f"{data}: unknown type {path.suffix!r}, give a .json, .jsonl or .parquet file")
+    if not rows:
+        raise ValueError(f"{data} is empty: it has no rows")
+    return rows
+
+
+def _json(path: Path) -> list[dict]:
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = content[: e.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path} line {line}: not valid UTF-8 (byte {content[e.start]:#04x}). Save the file as UTF-8"
+        ) from e
+    # One JSON list, or an object a line.
+    parts = [(1, text)] if text.lstrip().startswith("[") else enumerate(text.split("\n"), 1)
+    rows = []
+    for number, part in parts:
+        if not part.strip():
+            continue
+        try:
+            found = json.loads(part, parse_float=str, parse_constant=str)
+        except ValueError as e:
+            raise ValueError(f"{path} line {number}: not valid JSON ({e})") from e
+        found = found if isinstance(found, list) else [found]
+        if not all(isinstance(row, dict) for row in found):
+            raise ValueError(f"{path} line {number}: holds no object {{...}} with columns")
+        rows += found
+    return rows
+
+
+def _parquet(path: Path) -> list[dict]:
     import datasets
 
-    builder = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(data).suffix)
-    if not Path(data).is_file():
-        raise ValueError(f"--data {data}: no such file")
-    if builder is None:
-        raise ValueError(f"--data {data}: unknown type {Path(data).suffix!r}, give a .json, .jsonl or .parquet file")
     with tempfile.TemporaryDirectory() as cache, _offline():
         try:
-            return datasets.load_dataset(
-                builder, data_files=str(data), split="train", cache_dir=cache, keep_in_memory=True
+            return list(
+                datasets.load_dataset(
+                    "parquet", data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
+                )
             )
-        except Exception as e:  # datasets lets pyarrow's, json's and its own through
-            raise ValueError(f"--data {data}: cannot be read as {builder}: {_reason(e)}") from e
+        except Exception as e:  # datasets lets pyarrow's and its own through
+            raise ValueError(f"{path}: cannot be read as parquet: {_reason(e)}") from e
 
 
 def _hub(benchmark: Benchmark, split: str):

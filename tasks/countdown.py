@@ -13,6 +13,8 @@ import zlib
 from dataclasses import dataclass
 from fractions import Fraction
 
+from tasks.problem import Problem
+
 LANGUAGE_PROMPT = (
     "Use the numbers {numbers} and the operations + - * / to make {target}. Use every number exactly once; "
     "parentheses are allowed. Work it out inside <think> </think>, then give only the final expression inside "
@@ -25,22 +27,43 @@ LONGEST = 200  # characters of an answer; a longer one is wrong
 
 @dataclass(frozen=True)
 class Countdown:
-    """What a variant draws from: how many numbers, the largest of them, the prompt, the sizes of its splits."""
+    """A task. What a variant draws from: how many numbers, the largest of them, the prompt, the sizes of its splits."""
 
+    name: str
     sizes: tuple[int, ...]
     largest: int
     prompt: str
     train: int = 20_000
     test: int = 512
-    k: int = 4  # samples that its evaluation takes of each problem
+    samples: int = 4  # that its evaluation takes of each problem
 
+    def load(
+        self, split: str, data: str | None = None, n: int | None = None, rng: random.Random | None = None
+    ) -> list[Problem]:
+        """n problems of a split, made with rng (default: the task's own number, seed 0). answer: (numbers, target)."""
+        if data is not None:
+            raise ValueError(f"{data}: task {self.name!r} makes its problems and reads no file. {FILES}")
+        rng = rng or random.Random(f"{self.name}/{split}/0")
+        made = make(self.name, self, split, getattr(self, split) if n is None else n, rng)
+        return [Problem(prompt, (numbers, target)) for prompt, numbers, target in made]
+
+    def reward(self, problem: Problem, text: str) -> float:
+        """1.0 if the response's answer is right, else 0.0."""
+        return judge(*problem.answer, text)
+
+
+# The tasks that read files, for the message.
+FILES = "Tasks that do: gsm8k, math and other datasets (README: Your own problems), or a Python file of yours"
 
 VARIANTS = {
-    "countdown": Countdown((3, 4), 99, LANGUAGE_PROMPT),  # Pan et al.'s 3-to-4
-    "countdown4": Countdown((4,), 99, LANGUAGE_PROMPT),  # arXiv 2510.13554's
-    "countdown-tiny": Countdown((3,), 15, TINY_PROMPT, train=4_000),  # the tiny model's; 5,154 exist
-    "countdown-words": Countdown((3,), 12, WORDS_PROMPT, train=2_400, test=384),  # lab.smollm's; 3,269 exist
-    "countdown-tiny18": Countdown((3,), 18, TINY_PROMPT, train=4_000),  # harder; of 2 or 4 numbers it solves none
+    task.name: task
+    for task in (
+        Countdown("countdown", (3, 4), 99, LANGUAGE_PROMPT),  # Pan et al.'s 3-to-4
+        Countdown("countdown4", (4,), 99, LANGUAGE_PROMPT),  # arXiv 2510.13554's
+        Countdown("countdown-tiny", (3,), 15, TINY_PROMPT, train=4_000),  # the tiny model's; 5,154 exist
+        Countdown("countdown-words", (3,), 12, WORDS_PROMPT, train=2_400, test=384),  # lab.smollm's; 3,269 exist
+        Countdown("countdown-tiny18", (3,), 18, TINY_PROMPT, train=4_000),  # harder; of 2 or 4 numbers it solves none
+    )
 }
 
 

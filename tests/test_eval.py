@@ -75,7 +75,7 @@ def test_every_checkpoint_on_every_benchmark(other, tmp_path, capsys):
         for row, problem in zip(r["responses"], tasks.load(r["task"], "test", 8)):
             assert row["prompt"] == problem.prompt and len(row["sampled"]) == 3
             for response in (row["greedy"], *row["sampled"]):
-                assert response["reward"] == tasks.reward(problem, response["text"])
+                assert response["reward"] == tasks.get(r["task"]).reward(problem, response["text"])
         means = {name: score["mean"] for name, score in r["scores"].items()}
         assert means["avg@3"] == means["pass@1"] == pytest.approx(sum(map(sum, rewards)) / 24)
         assert means["pass@3"] == pytest.approx(sum(map(max, rewards)) / 8)
@@ -99,9 +99,9 @@ def test_what_is_done_is_kept_and_not_done_again(other, tmp_path, monkeypatch, c
     short = ["--problems", 4, "--max_tokens", 24]
     both = ["--model", "assets/tiny", other, "--out", out, *short]
 
-    def start(engine, name, *how):
+    def start(engine, name, *how, **more):
         models.append(name)
-        return rollout.start_actor(engine, name, *how)
+        return rollout.start_actor(engine, name, *how, **more)
 
     def break_at_second(*how):
         if len(models) == 2:
@@ -163,14 +163,14 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generati
 def test_chat_uses_the_template_and_plain_text_does_not(tmp_path, monkeypatch):
     model, tokenizer = settings.load_model("assets/tiny")
     tokenizer.chat_template = TEMPLATE
-    assert rollout.chat_prompts(tokenizer, ["1 2", "3"]) == tokenizer(["1 2>", "3>"]).input_ids
+    assert rollout.tokenize(tokenizer, ["1 2", "3"], rollout.Chat()) == tokenizer(["1 2>", "3>"]).input_ids
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     seen = []
 
     class Actor(rollout.TorchActor):
         def generate(self, prompts, *how, **more):
-            seen.append(self.tokenizer.decode(rollout.encode(self.tokenizer, prompts, 1, 512)[0]))
+            seen.append(self.tokenizer.decode(rollout.encode(self.tokenizer, prompts, 1, 512, self.chat)[0]))
             return super().generate(prompts, *how, **more)
 
     monkeypatch.setattr(rollout, "TorchActor", Actor)

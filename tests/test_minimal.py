@@ -154,7 +154,7 @@ def test_sample_marks_prompt_response_and_reward(tiny):
         text = tokenizer.decode(ids[b, response[b]])
         assert text.count("<eos>") == text.endswith("<eos>")  # one at most, and it is the last token
         assert text.endswith("<eos>") or response[b].sum() == minimal.MAX_NEW_TOKENS
-        assert rewards.flatten()[b] == tasks.reward(problem, text.removesuffix("<eos>"))
+        assert rewards.flatten()[b] == tasks.get(minimal.TASK).reward(problem, text.removesuffix("<eos>"))
     first = response.int().argmax(1)
     assert (first == first[0]).all()
 

@@ -7,11 +7,13 @@ from fractions import Fraction
 import pytest
 
 import tasks
-from tasks import Problem, countdown, reward
+from tasks import Problem, countdown
+
+COUNTDOWN = tasks.get("countdown")
 
 
 def judge(answer, numbers=(3, 7, 5), target=38):
-    return reward(Problem("", "countdown", numbers, target), f"work</think><answer>{answer}</answer>")
+    return COUNTDOWN.reward(Problem("", (numbers, target)), f"work</think><answer>{answer}</answer>")
 
 
 @pytest.mark.parametrize("answer", ["5*7+3", " ( 7 * 5 ) + 3 ", "3+(5*7)", "((3))+5*7", "3 + 5×7"])
@@ -78,7 +80,7 @@ def test_value_equals_python_on_random_expressions():
     ],
 )
 def test_which_answer_counts(text, want):
-    assert reward(Problem("", "countdown", (3, 7, 5), 38), text) == want
+    assert COUNTDOWN.reward(Problem("", ((3, 7, 5), 38)), text) == want
 
 
 HOSTILE = {
@@ -97,7 +99,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_is_judged_quickly(name):
     text = HOSTILE[name]
-    scores = [judge(text), reward(Problem("", "countdown", (3, 7, 5), 38), text)]
+    scores = [judge(text), COUNTDOWN.reward(Problem("", ((3, 7, 5), 38)), text)]
     assert scores == [1.0, 1.0] if name == "many answers" else scores == [0.0, 0.0]
 
 
@@ -113,16 +115,17 @@ def test_problems_are_solvable_disjoint_and_repeatable(name):
     n = 300
     test, train, other = tasks.load(name, "test", n), tasks.load(name, "train", n), tasks.load(name, "train", n, seed=1)
     assert test == tasks.load(name, "test", n) and train != other
-    keys = [{(*sorted(p.numbers), p.target) for p in part} for part in (test, train + other)]
+    keys = [{(*sorted(p.answer[0]), p.answer[1]) for p in part} for part in (test, train + other)]
     assert len(keys[0]) == n and not keys[0] & keys[1]
     for p in test[:40]:
-        assert len(p.numbers) in tasks.TASKS[name].sizes and 10 <= p.target <= 99
-        assert str(p.target) in p.prompt and p.prompt.endswith("<think>") and solvable(p)
+        numbers, target = p.answer
+        assert len(numbers) in tasks.TASKS[name].sizes and 10 <= target <= 99
+        assert str(target) in p.prompt and p.prompt.endswith("<think>") and solvable(p)
 
 
 def solvable(problem):
     """Every way to combine the numbers, as fractions."""
-    states = {tuple(sorted(map(Fraction, problem.numbers)))}
+    states = {tuple(sorted(map(Fraction, problem.answer[0])))}
     while any(len(s) > 1 for s in states):
         states = {
             tuple(sorted([*(x for i, x in enumerate(s) if i not in pair), value]))
@@ -131,7 +134,7 @@ def solvable(problem):
             for a, b in [(s[pair[0]], s[pair[1]])]
             for value in [a + b, a - b, b - a, a * b, *([a / b] if b else []), *([b / a] if a else [])]
         }
-    return (Fraction(problem.target),) in states
+    return (Fraction(problem.answer[1]),) in states
 
 
 def test_defaults_and_errors():
@@ -143,5 +146,5 @@ def test_defaults_and_errors():
         tasks.load("countdown", "dev")
     with pytest.raises(ValueError, match="no 50000 distinct"):
         tasks.load("countdown-tiny", "train", 50_000)
-    with pytest.raises(ValueError, match="'countdown' makes its problems"):
+    with pytest.raises(ValueError, match=r"some.json: task 'countdown' makes its problems.*gsm8k"):
         tasks.load("countdown", data="some.json")

@@ -130,7 +130,7 @@ def test_a_step_hands_update_the_advantages_of_its_own_rows(sampled, monkeypatch
     b = 0
     for problem in sampled[0]:
         group = sampled[1][problem.prompt]
-        rewards = [train.tasks.reward(problem, r.text) for r in group]
+        rewards = [train.tasks.get("countdown-tiny").reward(problem, r.text) for r in group]
         std = statistics.stdev(rewards)
         for r, reward in zip(group, rewards):
             want = (reward - statistics.mean(rewards)) / std if std else 0.0
@@ -190,7 +190,7 @@ def test_what_is_learned_from_is_never_evaluated_on(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda *args: judged.extend(args[1]) or evaluate(*args))
     how = ["--engine", "torch", "--steps", 2, "--max_tokens", 24, "--eval_problems", 4, "--seed", 1]
     run("--out", tmp_path / "run", *how)
-    splits = [{countdown.split_of(p.numbers, p.target) for p in problems} for problems in (trained, judged)]
+    splits = [{countdown.split_of(*p.answer) for p in problems} for problems in (trained, judged)]
     assert splits == [{"train"}, {"test"}] and len(trained) == 12
     assert judged == 2 * train.tasks.load("countdown-tiny", "test", 4), "the same whatever --seed is"
 

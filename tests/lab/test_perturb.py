@@ -42,18 +42,20 @@ def test_the_same_token_changes_nothing_and_a_wrong_one_flips_the_verdict(sample
     _, tokenizer, actor, problems, rollouts, _, _, _ = sampled
     places = [(i, t) for i in range(6) for t in (2, 9)]
     same = perturb.perturb(
-        actor, tokenizer, problems, rollouts, places, [[rollouts[i].ids[t]] * 2 for i, t in places], 96,
-        tmp_path / "same",
+        actor, tokenizer, "countdown-tiny", problems, rollouts, places,
+        [[rollouts[i].ids[t]] * 2 for i, t in places], 96, tmp_path / "same",
     )  # fmt: skip
     assert all(kept == (1.0, 0.0) for kept in same.values()) and list(same) == places
 
     problem = problems[0]  # a response that is just about to close a right answer: ")" instead spoils it
-    expressions = (countdown.random_expression(problem.numbers, random.Random(seed))[2] for seed in range(999))
-    solution = next(e for e in expressions if tasks.reward(problem, f"<answer>{e}</answer>"))
+    expressions = (countdown.random_expression(problem.answer[0], random.Random(seed))[2] for seed in range(999))
+    solution = next(e for e in expressions if tasks.get("countdown-tiny").reward(problem, f"<answer>{e}</answer>"))
     ids = tokenizer(f"1+1=2n</think><answer>{solution}</answer>").input_ids
     right = rollout.Rollout(tokenizer(problem.prompt).input_ids, ids, [0.0] * len(ids), "", False)
     close = tokenizer(")").input_ids
-    kept = perturb.perturb(actor, tokenizer, [problem], [right], [(0, len(ids) - 1)], [close], 16, tmp_path / "one")
+    kept = perturb.perturb(
+        actor, tokenizer, "countdown-tiny", [problem], [right], [(0, len(ids) - 1)], [close], 16, tmp_path / "one"
+    )
     assert kept[0, len(ids) - 1].flipped == 1.0
 
 

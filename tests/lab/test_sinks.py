@@ -76,7 +76,7 @@ def test_family_puzzles_are_problems_of_a_task(tmp_path, capsys):
     families.main(families.Args(out=str(out), problems=12))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 12 and all(r["answer"] in r["choices"] and len(set(r["choices"])) == 5 for r in rows)
-    from tasks import load, reward
+    from tasks import get, load
 
     problem = load("zebralogic", "test", 3, data=str(out))[0]
-    assert reward(problem, rf"So it is \boxed{{{problem.target}}}.") == 1.0
+    assert get("zebralogic").reward(problem, rf"So it is \boxed{{{problem.answer}}}.") == 1.0

@@ -77,16 +77,16 @@ def test_traces_in_words_are_honest_and_varied():
     for _ in range(300):
         prompt, text = smollm.trace(rng)
         numbers, target = (int(x) for x in re.findall(r"\d+", prompt)[:3]), int(re.findall(r"\d+", prompt)[-1])
-        problem = tasks.Problem(prompt, smollm.TASK, tuple(numbers), target)
-        assert countdown.split_of(problem.numbers, problem.target) == "train"
-        assert ("!" in text) == (tasks.reward(problem, text) == 1.0)
+        problem = tasks.Problem(prompt, (tuple(numbers), target))
+        assert countdown.split_of(*problem.answer) == "train"
+        assert ("!" in text) == (tasks.get(smollm.TASK).reward(problem, text) == 1.0)
         assert text.split("</think>")[0].count("\n") < tiny.MAX_TRIES
         said |= {line.split(" ")[0] for line in text.splitlines()}
     assert said >= {opener.split(" ")[0] for opener in smollm.OPENERS}
 
 
 def test_skills_in_words_are_counted():
-    problem = tasks.Problem("", smollm.TASK, (7, 3, 5), 38)
+    problem = tasks.Problem("", ((7, 3, 5), 38))
     text = (
         "Try 7 - 3 = 4, then 5 * 4 = 21? That is not 38.\nMaybe 7 * 5 = 35, so 35 + 3 = 38. No, not 38."
         "</think><answer>(7*5)+3</answer>"

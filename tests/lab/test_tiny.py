@@ -38,11 +38,11 @@ def test_traces_are_honest():
     for _ in range(300):
         prompt, text = tiny.trace(rng)
         numbers, target = prompt.split("\n")[0].split(">")
-        problem = tasks.Problem(prompt, "countdown-tiny", tuple(map(int, numbers.split())), int(target))
-        assert countdown.split_of(problem.numbers, problem.target) == "train"
-        assert ("y</think>" in text) == (tasks.reward(problem, text) == 1.0)
+        problem = tasks.Problem(prompt, (tuple(map(int, numbers.split())), int(target)))
+        assert countdown.split_of(*problem.answer) == "train"
+        assert ("y</think>" in text) == (tasks.get("countdown-tiny").reward(problem, text) == 1.0)
         assert tiny.tokenizer().unk_token_id not in tiny.tokenizer()(prompt + text).input_ids
-        solved += tasks.reward(problem, text)
+        solved += tasks.get("countdown-tiny").reward(problem, text)
     assert 100 < solved < 250
 
 

@@ -1,0 +1,219 @@
+"""A task in a file of the user's: loaded, judged, trained on, evaluated; and everything that can be wrong with it."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import tasks
+import train
+from node import prepare, settings
+from rollout import Chat, TorchActor, VLLMActor, cut_at, tokenize
+
+EXAMPLE = str(Path(__file__).parents[1] / "examples" / "my_task.py")
+
+# A task that the tiny model can read: its letters are digits, operators and a few tags.
+TINY_TASK = """
+import json
+from tasks import Problem
+
+def load(split, data=None):
+    return [Problem(f"{json.loads(line)['numbers']}>36\\n<think>") for line in open(data)]
+
+def reward(problem, text):
+    return len(set(text)) / 30  # a fraction
+"""
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def write_rows(path, count=40):
+    numbers = [f"{a} {b} 4" for a in range(1, 10) for b in range(1, 10)][:count]
+    return write(path, "".join(json.dumps({"numbers": n}) + "\n" for n in numbers))
+
+
+def test_the_example_loads_and_judges(tmp_path):
+    rows = [{"question": "What is 6 * 7?", "answer": "42"}, {"question": "Write f.", "tests": "assert f(3) == 9"}]
+    data = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
+    one, two = tasks.load(EXAMPLE, "train", data=data)
+    reward = tasks.get(EXAMPLE).reward
+    assert [reward(one, text) for text in ("it is 42", "42 or 43", "")] == [1.0, 0.0, 0.0]
+    code = {
+        "def f(x): return x * x": 1.0,
+        "def f(x): return x + x": 0.0,
+        "exit(0)": 0.0,
+        "while True: pass": 0.0,
+        "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)": 0.0,
+        "def f(x):\x00": 0.0,
+        "(" * 10_000: 0.0,
+    }
+    assert {text: reward(two, text) for text in code} == code
+    with pytest.raises(ValueError, match=r"load.*raised ValueError: give a file of problems"):
+        tasks.load(EXAMPLE, "train")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("def load(split, data=None): return []", "has no function reward"),
+        ("def reward(problem, text): return 1", r"has no function load\(split"),
+        ("def reward(:", "cannot be imported: SyntaxError"),
+        ("import nosuchmodule", r"cannot be imported: ModuleNotFoundError: No module named 'nosuchmodule' \(line 1\)"),
+    ],
+)
+def test_a_file_that_is_no_task_is_named(text, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as e:
+        tasks.get(write(tmp_path / "wrong.py", text))
+    assert "\n" not in str(e.value) and "wrong.py" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("return []", "returned no problems"),
+        ("return None", "raised TypeError"),
+        ("return ['a prompt']", "item 0 is 'a prompt', not a Problem"),
+        ("\n    return {}['question']", r"raised KeyError: 'question' \(line 2\)"),
+    ],
+)
+def test_what_load_returns_is_checked(body, message, tmp_path):
+    file = write(tmp_path / "my.py", f"def load(split, data=None): {body}\ndef reward(problem, text): return 1")
+    with pytest.raises(ValueError, match=message):
+        tasks.load(file, "train")
+
+
+def test_a_reward_that_raises_counts_as_0_and_is_named(tmp_path):
+    text = "def load(s, d=None): return []\ndef reward(p, text):\n    return {'a': 1, 'b': float('nan')}[text]"
+    file = write(tmp_path / "my.py", text)
+    rewards, errors = tasks.judge(file, [tasks.Problem("say a")], [["a", "b", "c"]])
+    assert rewards == [[1.0, 0.0, 0.0]]
+    assert "reward returned nan for the response 'b' to the prompt 'say a'" in errors[0]
+    assert "reward raised KeyError: 'c' (line 3), for the response 'c'" in errors[1]
+
+
+def test_several_processes_judge_as_one_does():
+    problems = [tasks.Problem("", ((3, 7, 5), 38)), tasks.Problem("", ((1, 2, 4), 7))]
+    texts = [["<answer>5*7+3</answer>", "38"], ["<answer>1+2+4</answer>", ""]]
+    assert tasks.judge("countdown", problems, texts, processes=2) == ([[1.0, 0.0], [1.0, 0.0]], [])
+
+
+SHORT = dict(engine="torch", prompts=2, group=4, minibatches=2, max_tokens=24, eval_problems=4)
+
+
+def arguments(**given):
+    args = train.Args(**SHORT, **given)
+    return prepare.complete_args(args, train.DEFAULTS)
+
+
+def test_a_part_of_the_data_is_held_out(tmp_path, capsys):
+    task, data = write(tmp_path / "my.py", TINY_TASK), write_rows(tmp_path / "rows.jsonl")
+    args = arguments(task=task, data=data)
+    tokenizer = settings.load_tokenizer("assets/tiny", 512)
+    train_set, test_set = prepare.load_problems(args, tokenizer)
+    prompts = [{p.prompt for p in problems} for problems in (train_set, test_set)]
+    assert len(prompts[0]) == 36 and len(prompts[1]) == 4 and not prompts[0] & prompts[1]
+    assert "4 of its 40 problems are held out" in capsys.readouterr().out
+    assert prepare.load_problems(args, tokenizer) == (train_set, test_set), "always the same ones"
+    with pytest.raises(ValueError, match="are the same file"):
+        prepare.load_problems(arguments(task=task, data=data, eval_data=data), tokenizer)
+    other = write_rows(tmp_path / "others.jsonl", 10)
+    train_set, test_set = prepare.load_problems(arguments(task=task, data=data, eval_data=other), tokenizer)
+    assert len(train_set) == 36 and len(test_set) == 4
+    assert "4 training problems are also held out" in capsys.readouterr().out
+
+
+def test_english_for_the_tiny_model_is_warned_of(tmp_path, capsys):
+    rows = [{"question": f"What is {i}?", "answer": "1"} for i in range(20)]
+    data = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
+    prepare.load_problems(arguments(task="gsm8k", data=data), settings.load_tokenizer("assets/tiny", 512))
+    assert "% of the prompts' tokens are unknown to the tokenizer of assets/tiny" in capsys.readouterr().out
+
+
+def test_rows_that_are_left_out_are_counted(tmp_path, caplog):
+    rows = [{"question": "a", "answer": "1"}] * 2 + [
+        {"question": "b", "answer": None},
+        {"question": "c", "answer": "2"},
+    ]
+    rows += [{"question": "d", "answer": 123456789012345678901}, {"question": "e #### f", "answer": "g #### 1.50"}]
+    data = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
+    with caplog.at_level(logging.WARNING, logger="tasks"):
+        found = tasks.load("gsm8k", "train", data=data)
+    assert [p.answer for p in found] == ["1", "2", "123456789012345678901", "1.50"] and "e #### f" in found[3].prompt
+    assert "2 of 6 rows left out: 1 that repeat a question, 1 without a question or an answer" in caplog.text
+    assert tasks.load("minerva", data=data)[3].answer == "g #### 1.50"
+
+
+def test_not_utf8_is_said_with_its_line(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"question": "a", "answer": "1"}\n{"question": "\xf6"}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl line 2: not valid UTF-8 \(byte 0xf6\). Save the file as UTF-8"):
+        tasks.load("gsm8k", data=str(tmp_path / "rows.jsonl"))
+
+
+def test_fractional_rewards_train_and_have_no_pass_at_j(tmp_path, monkeypatch, capsys):
+    task, data = write(tmp_path / "my.py", TINY_TASK), write_rows(tmp_path / "rows.jsonl")
+    args = train.Args(task=task, data=data, out=str(tmp_path / "run"), steps=1, **SHORT)
+    train.main(args)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    step = next(record for record in records if "reward" in record)
+    assert 0 < step["reward"] < 1 and step["reward_errors"] == 0 and "reward" in step["seconds"]
+    out = tmp_path / "x.json"
+    args = evaluation.Args(task=[task], data=data, engine="torch", problems=4, max_tokens=24, out=str(out))
+    evaluation.main(args)
+    (result,) = json.loads(out.read_text())["results"]
+    assert "avg@1" in result["scores"] and not [name for name in result["scores"] if name.startswith("pass@")]
+    with pytest.raises(ValueError, match="rewards of 0 or 1"):
+        evaluation.pass_at(1, torch.tensor([[0.5, 1.0]]))
+
+
+def test_a_run_whose_every_reward_raises_ends_with_a_checkpoint(tmp_path):
+    text = TINY_TASK.replace("return len(set(text)) / 30", "return 1 / 0")
+    task, data = write(tmp_path / "my.py", text), write_rows(tmp_path / "rows.jsonl")
+    args = train.Args(task=task, data=data, out=str(tmp_path / "run"), steps=3, **SHORT)
+    with pytest.raises(SystemExit, match=r"step 1: all 8 rewards raised.*division by zero \(line 9\)"):
+        train.main(args)
+    assert (tmp_path / "run" / "checkpoint-1").is_dir()
+
+
+# ---- Chat templates, and texts that end a response ----
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '3' if m.role == 'system' else '4' }}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}>{% endif %}{% if enable_thinking %}<think>{% endif %}"
+)
+
+
+def test_chat():
+    _, tokenizer = settings.load_model("assets/tiny")
+    with pytest.raises(ValueError, match=r"--chat: .*has no chat template"):
+        tokenize(tokenizer, ["1"], Chat())
+    tokenizer.chat_template = TEMPLATE
+    for chat, text in ((Chat(), "41>"), (Chat("2"), "3241>"), (Chat(thinking=True), "41><think>"),
+                       (Chat(thinking=False), "41>"), (None, "1")):  # fmt: skip
+        assert tokenize(tokenizer, ["1"], chat) == tokenizer([text]).input_ids
+    with pytest.raises(ValueError, match=r"--system: only with --chat"):
+        prepare.load_problems(arguments(system="2"), tokenizer)
+
+
+def test_stop():
+    assert cut_at("12=3=", ["3", "="]) == "12" and cut_at("12", []) == cut_at("12", None) == "12"
+    model, tokenizer = settings.load_model("assets/tiny")
+    prompts = [problem.prompt for problem in tasks.load("countdown-tiny", n=6)]
+    for sampler in (TorchActor(model, tokenizer), VLLMActor("assets/tiny")):
+        whole = sampler.generate(prompts, max_tokens=64, temperature=0.0)
+        stopped = sampler.generate(prompts, max_tokens=64, temperature=0.0, stop=["n\n", "y<"])
+        for (a,), (b,) in zip(whole, stopped):
+            assert b.text == cut_at(a.text, ["n\n", "y<"])
+            assert b.ids == a.ids[: len(b.ids)] and len(b.logprobs) == len(b.ids)
+            if b.text != a.text:
+                before = tokenizer.decode(b.ids[:-1], skip_special_tokens=True)
+                assert not b.truncated and cut_at(before, ["n\n", "y<"]) == before
+        assert sum(len(b.ids) < len(a.ids) for (a,), (b,) in zip(whole, stopped)) > 2
+        sampler.close()
+    assert tasks.stops("gsm8k", None, chat=False) == ["\n\nQuestion:"] and tasks.stops("gsm8k", None, chat=True) == []
+    assert tasks.stops("gsm8k", ["x"], chat=True) == ["x"] and tasks.stops("countdown", None, chat=False) == []
