@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from node import ranks
 from node.output import write_whole
-from node.settings import load_config, load_model
+from node.settings import keep_soft_caps, load_config, load_model
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: that is meant
 SHARD_BYTES = 32 * 2**20  # weights are gathered and written so many at a time, or a tensor, if that is larger
@@ -50,6 +50,7 @@ def load_sharded(name: str, device: torch.device, dtype: str = "auto"):
         return load_model(name, str(device))[0]
     with _parameters_without_memory():
         model = AutoModelForCausalLM.from_config(load_config(name), dtype=torch.float32)
+    keep_soft_caps(model)
     with suppress(OSError):  # a model need not have one
         model.generation_config = GenerationConfig.from_pretrained(name)
     buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
