@@ -44,7 +44,7 @@ def try_reload(sampler, model, problems: list[Problem], max_tokens: int, dtype: 
         if not gap <= limit:  # not a number counts as too much
             raise ValueError(
                 f"{type(model).__name__}: vLLM's log-probabilities differ from the trainer's by {gap:.2g} on average "
-                f"{when} (limit {limit:g}), so it would sample from another model. Use --engine torch for this model"
+                f"{when} (limit {limit:g}), so it would sample from another model. Use --engine torch, in one process"
             )
         return gap
 
