@@ -38,19 +38,26 @@ def try_reload(sampler, model, problems: list[Problem], max_tokens: int, dtype: 
         return None
     limit = gap_limit_at_start(dtype)
     prompts, max_tokens = [problem.prompt for problem in problems[:TRIAL_PROBLEMS]], min(max_tokens, TRIAL_TOKENS)
+    kind, remedy = type(model).__name__, "Use --engine torch, in one process"
 
     def check_gap(when: str) -> float:
         gap = _measure_gap(sampler, model, prompts, max_tokens, dtype)
         if not gap <= limit:  # not a number counts as too much
             raise ValueError(
-                f"{type(model).__name__}: vLLM's log-probabilities differ from the trainer's by {gap:.2g} on average "
-                f"{when} (limit {limit:g}), so it would sample from another model. Use --engine torch, in one process"
+                f"{kind}: vLLM's log-probabilities differ from the trainer's by {gap:.2g} on average {when} (limit "
+                f"{limit:g}), so it would sample from another model. {remedy}"
             )
         return gap
 
     gap = check_gap("before the first step")
     with _changed_weights(model):
-        sampler.reload(model)
+        try:
+            sampler.reload(model)
+        except Exception as e:  # whatever vLLM raises for names or shapes that it does not expect
+            reason = (str(e).strip().splitlines() or ["?"])[0]
+            raise ValueError(
+                f"{kind}: vLLM cannot take over its weights ({type(e).__name__}: {reason}). {remedy}"
+            ) from e
         gap = max(gap, check_gap("after a reload of changed weights"))
     sampler.reload(model)
     compared, count = count_comparable(sampler, model)
@@ -81,11 +88,11 @@ def _changed_weights(model) -> Iterator[None]:
     """
 
     def flip() -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
         for p in model.parameters():
-            local = p.detach().to_local() if isinstance(p, DTensor) else p.detach()
-            flipped = torch.randint(8, local.shape, generator=generator, dtype=torch.int32) << 17  # of 23 bits
-            local.view(torch.int32).bitwise_xor_(flipped.to(local.device))
+            share = p.detach().to_local() if isinstance(p, DTensor) else p.detach()
+            flips = torch.randint(8, share.shape, generator=generator, dtype=torch.int32, device=share.device)
+            share.view(torch.int32).bitwise_xor_(flips << 17)  # bits 17 to 19 of 23
 
     flip()
     try:
@@ -167,7 +174,10 @@ def _names(model, stored_names: list[str]) -> tuple[list[str], dict[str, list[st
     """Runs within vLLM: the names of its weights; which of its modules join several of a checkpoint's; and, for the
     stored names, by the names that vLLM gives to them."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    renamed = {mapper.get_rename_mapper().map_name(name) if mapper else name: name for name in stored_names}
+    rename = mapper.get_rename_mapper().map_name if mapper else str
+    renamed = {rename(name): name for name in stored_names}
+    # Where vLLM gives another last name, it keeps other numbers: for Mamba's A_log, for example, A = -exp(A_log).
+    renamed = {ours: name for ours, name in renamed.items() if ours and ours.split(".")[-1] == name.split(".")[-1]}
     names = [name for name, _ in model.named_parameters()]
     names += [name for name, _ in model.named_buffers() if name in renamed]
     if "lm_head.weight" not in names and hasattr(model, "lm_head"):
