@@ -51,3 +51,22 @@ def test_changed_weights_get_into_vllm(family, tied, compared):
 def test_a_family_that_vllm_runs_by_transformers_class():
     """In a process of its own: vLLM changes the class for good."""
     assert is_right(reload.run_alone("olmo2", "untied"))
+
+
+def test_a_table_that_was_begun_is_gone_on_with(tmp_path, monkeypatch, capsys):
+    tried = []
+
+    def try_nothing(family, tied):
+        tried.append((family, tied))
+        return ["1e-06", "0.50", "1e-06", "3 of 3", "right"]
+
+    monkeypatch.setattr(reload, "run_alone", try_nothing)
+    monkeypatch.setattr(reload, "FAMILIES", {"llama": {}, "qwen2": {}})
+    out = str(tmp_path / "table.md")
+    reload.main(reload.Args(only=["qwen2"], out=out))
+    reload.main(reload.Args(out=out))
+    assert tried == [(family, tied) for family in ("qwen2", "llama") for tied in ("tied", "untied")]
+    reload.main(reload.Args(only=["llama"], out=out))  # named: tried again
+    assert tried[4:] == [("llama", "tied"), ("llama", "untied")]
+    lines = capsys.readouterr().out.strip().splitlines()[-5:]
+    assert [line.split("|")[1].strip() for line in lines] == ["---", "llama", "llama", "qwen2", "qwen2"]
