@@ -201,6 +201,8 @@ def _read_weight(model, name: str, columns: Tensor | None, width: int) -> Tensor
     method = getattr(module, "quant_method", None)
     if method is None or parent.endswith("embed_tokens"):
         return weight[:, columns]
+    if width != getattr(module, "input_size", None) and width != getattr(module, "embedding_dim", None):
+        return weight[:0]  # equals nothing; given inputs of another width, the kernels of vLLM's CPU build abort
     units = torch.zeros(len(columns), width, dtype=weight.dtype, device=weight.device)
     units[torch.arange(len(columns)), columns] = 1
     return method.apply(module, units, None).T
