@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from node import precision, ranks
+from node.reload import clear_prefix_cache, copy_weights, share_classes
 from node.settings import load_config, load_model
 
 
@@ -154,6 +155,7 @@ class VLLMActor:
             reloading.setLevel(logging.WARNING)
         if on_gpu:
             torch.set_num_threads(threads)  # vLLM has set it to one
+        share_classes(self.llm)
         self.tokenizer = self.llm.get_tokenizer()
 
     def generate(
@@ -200,13 +202,11 @@ class VLLMActor:
         """
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": ranks.named_weights(model)})
+        copy_weights(self.llm, model)
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
-        if model.config.get_text_config().tie_word_embeddings and not torch.cuda.is_available():
-            self.llm.apply_model(_repack_head)
-        self.llm.reset_prefix_cache()
+        clear_prefix_cache(self.llm)
 
     def close(self) -> None:
         """Stop the engine and free its memory. All ranks call. vLLM also ends the process group."""
@@ -216,11 +216,6 @@ class VLLMActor:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _repack_head(model) -> None:
-    """Pack the output head again. vLLM's CPU build packs it, and its reload forgets a head tied to the embedding."""
-    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 class TorchActor:

@@ -48,7 +48,7 @@ from metrics import Signals, measure_heads, observe
 from node import checkpoint, precision, prepare, ranks
 from node.run import DYNAMIC_BATCHES, Clock, Run
 from node.settings import TINY, parse_args
-from node.stale import find_stale_weight
+from node.stale import find_stale_weight, try_reload
 from rollout import Rollout, chat, pad_batch, start_actor
 
 WARMUP_STEPS = 5  # the learning rate grows over these
@@ -394,6 +394,9 @@ def main(args: Args, credit: Callable[..., Tensor] | None = None) -> None:
             args.engine, str(source), args.max_model_len, seed, args.kv_cache_gib, model, tokenizer,
             sleep_mode=True, dtype=args.dtype, chat=chat(args),
         )  # fmt: skip
+        # Does vLLM compute this model as the trainer does, and take over changed weights? If not, ValueError.
+        if found := try_reload(sampler, model, train_set, args.max_tokens, args.dtype):
+            run.say(found)
     set_seed(seed)  # after the engine, which seeds the global generators too
     if state:
         sampler.sleep()  # restoring takes 16 bytes a weight at once

@@ -6,6 +6,8 @@
     precision     the type that passes compute in
     run           one run: its folder, its log, the order of problems; when it saves, evaluates and stops
     checkpoint    loading, saving and resuming in shares
+    weights       the model's tensors under the names that checkpoints have for them
+    reload        the trainer's weights go into vLLM
     stale         does the sampler have the trainer's weights?
     memory        how much memory training takes, by formula
     check         is this machine ready?

@@ -42,9 +42,9 @@ import metrics
 import tasks
 from node import checkpoint, memory, precision, ranks, replay
 from node.output import minutes
-from node.run import GAP_LIMIT, Clock
+from node.run import Clock, gap_limit_at_start
 from node.settings import TINY, fill_defaults, load_config, load_tokenizer, parse_args
-from node.stale import comparable_weights, find_stale_weight
+from node.stale import count_comparable, find_stale_weight, try_reload
 from rollout import start_actor
 
 ROOT = Path(__file__).parents[1]
@@ -238,7 +238,7 @@ class Loop:
 def steps(loop: Loop) -> str:
     """Two whole steps: sample, verify, score, credit, update, reload; on a GPU the sampler sleeps and wakes."""
     records = [loop.step() for _ in range(2)]
-    limit = GAP_LIMIT[loop.args.dtype]
+    limit = gap_limit_at_start(loop.args.dtype)
     stale = [r["stale_weight"] for r in records if r["stale_weight"]]
     require(not stale, f"after a reload the sampler does not hold {stale[:1]} as the trainer does: use the pinned vLLM")
     gap = max(r["gap_mean"] for r in records)
@@ -249,9 +249,14 @@ def steps(loop: Loop) -> str:
 
 
 def reload(loop: Loop) -> str:
-    """Compare every weight of vLLM with the trainer's, and check that a skipped reload is noticed."""
+    """Compare every weight of vLLM with the trainer's, and check that a skipped reload is noticed.
+
+    Some of vLLM's weights cannot be compared, so its responses are compared too: sleep and reload must not change them.
+    """
     if loop.args.engine == "torch":
         return "not needed: --engine torch samples the trainer's own weights"
+    try_reload(loop.actor, loop.model, loop.problems, loop.args.max_tokens, loop.args.dtype)
+    apart = compare_responses(loop)
     generator, everything = torch.Generator().manual_seed(0), 10**6
     different = find_stale_weight(loop.actor, loop.model, generator, everything)
     require(different is None, f"{different} is not the trainer's after a reload: use the pinned vLLM")
@@ -264,8 +269,35 @@ def reload(loop: Loop) -> str:
     require(noticed is not None, "a skipped reload was not noticed: a stale sampler would go on unseen")
     different = find_stale_weight(loop.actor, loop.model, generator, everything)
     require(different is None, f"{different} is not the trainer's after a reload: use the pinned vLLM")
-    count = len(comparable_weights(loop.actor, dict(loop.model.named_parameters())))
-    return f"{count} tensors equal, a skipped reload is noticed at {noticed}"
+    compared, count = count_comparable(loop.actor, loop.model)
+    return (
+        f"compared {compared} of {count} tensors, all equal; after sleep and reload the same responses, within "
+        f"{apart:.0e}; a skipped reload is noticed at {noticed}"
+    )
+
+
+def compare_responses(loop: Loop) -> float:
+    """Sample greedily before and after sleep and reload of the same weights. Returns how far log-probs differ."""
+
+    def respond() -> list:
+        prompts = [problem.prompt for problem in loop.problems[:8]]
+        return [response for (response,) in loop.actor.generate(prompts, max_tokens=16, temperature=0.0)]
+
+    before = respond()
+    loop.actor.sleep()
+    loop.actor.reload(loop.model)
+    after = respond()
+    different = sum(a.ids != b.ids for a, b in zip(before, after))
+    require(
+        not different,
+        f"{different} of {len(before)} greedy responses differ after a reload of the same weights: use the pinned vLLM",
+    )
+    apart = max(abs(x - y) for a, b in zip(before, after) for x, y in zip(a.logprobs, b.logprobs))
+    limit = gap_limit_at_start(loop.args.dtype)
+    require(
+        apart < limit, f"a reload of the same weights changes log-probabilities by {apart:.2g}: use the pinned vLLM"
+    )
+    return apart
 
 
 @contextmanager

@@ -26,15 +26,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from node import ranks
 from node.output import write_whole
-from node.settings import load_config, load_model
+from node.settings import keep_soft_caps, load_config, load_model
+from node.weights import find_sources, from_stored, stored_groups, stored_tensors, to_stored
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: that is meant
 SHARD_BYTES = 32 * 2**20  # weights are gathered and written so many at a time, or a tensor, if that is larger
@@ -50,6 +54,7 @@ def load_sharded(name: str, device: torch.device, dtype: str = "auto"):
         return load_model(name, str(device))[0]
     with _parameters_without_memory():
         model = AutoModelForCausalLM.from_config(load_config(name), dtype=torch.float32)
+    keep_soft_caps(model)
     with suppress(OSError):  # a model need not have one
         model.generation_config = GenerationConfig.from_pretrained(name)
     buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
@@ -60,14 +65,51 @@ def load_sharded(name: str, device: torch.device, dtype: str = "auto"):
     model.eval()
     try:
         folder = name if os.path.isdir(name) else snapshot_download(name, allow_patterns=["*.safetensors", "*.json"])
-        weights = {key: p.detach() for key, p in model.named_parameters()}
-        dcp.load(weights, storage_reader=HuggingFaceStorageReader(folder))
-    except CheckpointException as e:
-        raise ValueError(
-            f"cannot read {name!r} in shares from its .safetensors files: {_reason(e)} (a key is missing, too, where "
-            "transformers renames or joins weights on loading, as for mixtures of experts: not supported here)"
-        ) from e
+        _read_weights(model, Path(folder))
+    except (CheckpointException, SafetensorError) as e:
+        raise ValueError(f"cannot read {name!r} in shares from its .safetensors files: {_reason(e)}") from e
     return model
+
+
+def _read_weights(model, folder: Path) -> None:
+    """Read this rank's share of the weights, and the buffers. ValueError if the files lack some.
+
+    What transformers joins, such as the experts of a layer, is read whole, one such tensor at a time.
+    """
+    files = {}  # the file of each stored tensor
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            files |= dict.fromkeys(file.keys(), path)
+    renamed, sources = find_sources(model, files)
+    tensors = {name: tensor.detach() for name, tensor in stored_tensors(model).items()}
+    missing = tensors.keys() - renamed.values()
+    shares = {stored_name: tensors[name] for stored_name, name in renamed.items()}
+    dcp.load(shares, storage_reader=HuggingFaceStorageReader(str(folder)))
+
+    def read(stored_name: str) -> torch.Tensor:
+        with safe_open(files[stored_name], "pt") as file:
+            return file.get_tensor(stored_name)
+
+    for source in sources:
+        made = from_stored(model, source, read)
+        for name in made:
+            _copy_share(tensors[name], made[name])
+        missing -= made.keys()
+        del made  # or it would be held while the next is made
+    if missing:
+        raise ValueError(
+            f"cannot read the model in shares: the .safetensors files in {folder} lack {len(missing)} of its weights, "
+            f"for example {min(missing)}"
+        )
+
+
+def _copy_share(tensor: torch.Tensor, whole: torch.Tensor) -> None:
+    """Copy into a tensor that may be sharded this rank's part of the whole."""
+    if isinstance(tensor, DTensor):
+        shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        whole = whole[tuple(slice(first, first + size) for first, size in zip(start, shape))]
+        tensor = tensor.to_local()
+    tensor.copy_(whole)
 
 
 @contextmanager
@@ -151,19 +193,25 @@ def save(folder: Path, state: dict, model, tokenizer, optimizer, keep: int) -> N
 
 def _save_weights(model, folder: Path) -> None:
     """Write the weights in transformers' format: all ranks gather some at a time, rank 0 writes them."""
-    shapes = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in model.named_parameters()}
-    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
-    weights = dict(model.named_parameters())
-    for file, names in plan.filename_to_tensors.items():
+    tensors, first = stored_tensors(model), ranks.rank() == 0
+    groups = {group.names[0]: group.names for group in stored_groups(model)}
+    sizes = {}  # of each group, as a tensor without memory of so many bytes
+    for key, names in groups.items():
+        size = sum(tensors[name].numel() * tensors[name].element_size() for name in names)
+        sizes[key] = torch.empty(size, dtype=torch.uint8, device="meta")
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
+    weight_map = {}  # the file of each stored tensor
+    for file, keys in plan.filename_to_tensors.items():
         part = {}
-        for name in names:
-            gathered = ranks.gather_weight(weights[name])
-            if ranks.rank() == 0:
-                part[name] = gathered.cpu().contiguous()
-        if part:
+        for key in keys:
+            gathered = {name: ranks.gather_weight(tensors[name]) for name in groups[key]}
+            if first:
+                part |= {name: x.cpu().contiguous() for name, x in to_stored(model, gathered).items()}
+        if first:
             save_file(part, folder / file, metadata={"format": "pt"})
-    if plan.is_sharded and ranks.rank() == 0:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            weight_map |= dict.fromkeys(part, file)
+    if plan.is_sharded and first:
+        index = {"metadata": plan.metadata, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 

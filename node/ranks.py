@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from node.weights import stored_groups, stored_tensors, to_stored
+
 
 def world_size() -> int:
     """How many ranks there are: torchrun's WORLD_SIZE, 1 without it."""
@@ -111,9 +113,13 @@ def wait_for_all() -> None:
 
 
 def named_weights(model) -> Iterator[tuple[str, Tensor]]:
-    """Every weight by name, gathered from the ranks, one at a time."""
-    for name, p in model.named_parameters():
-        yield name, gather_weight(p)
+    """Every weight and persistent buffer, with the name that a checkpoint has for it, gathered from the ranks.
+
+    One tensor of the model is gathered at a time; of a mixture of experts, all experts of a layer.
+    """
+    tensors = stored_tensors(model)
+    for group in stored_groups(model):
+        yield from to_stored(model, {name: gather_weight(tensors[name]) for name in group.names}).items()
 
 
 def gather_weight(p: Tensor) -> Tensor:

@@ -109,10 +109,8 @@ class Run:
     def gap_limit(self) -> float:
         """The gap_mean above which the run stops, at this step."""
         first = [r["gap_mean"] for r in self.log.records if "gap_mean" in r][:GAP_STEPS]
-        if self.args.dtype == "float32":
-            return GAP_LIMIT["TF32" if torch.cuda.is_available() else "float32"]
-        if self.step <= GAP_STEPS:
-            return GAP_LIMIT["bfloat16"]
+        if self.args.dtype == "float32" or self.step <= GAP_STEPS:
+            return gap_limit_at_start(self.args.dtype)
         return max(GAP_FACTOR * sum(first) / len(first), LEAST_LIMIT)
 
     def _stop_if_broken(self, record: dict) -> None:
@@ -206,6 +204,11 @@ class Run:
             f"{100 * gain:+.1f} points (95 % interval {100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}), "
             f"{minutes(time.perf_counter() - self.began)}: {self.folder}"
         )
+
+
+def gap_limit_at_start(dtype: str) -> float:
+    """The mean difference of log-probabilities above which a run stops in its first steps. dtype: --dtype, not auto."""
+    return GAP_LIMIT["TF32" if dtype == "float32" and torch.cuda.is_available() else dtype]
 
 
 def new_folder(out: str | None, name: str) -> Path:

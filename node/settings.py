@@ -24,8 +24,15 @@ def load_model(name: str, device: str | None = None):
     """The transformers model (float32; default: on the GPU if there is one) and tokenizer of a folder or hub name."""
     load_config(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    keep_soft_caps(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device), AutoTokenizer.from_pretrained(name)
+
+
+def keep_soft_caps(model) -> None:
+    """Let a model that caps its attention scores (Gemma 2) do so. transformers' default, sdpa, leaves the caps out."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
 
 
 def check_length(name: str, config, tokens: int, argument: str) -> None:

@@ -14,7 +14,7 @@ import attention
 import grpo
 import metrics
 import train
-from node import check, checkpoint, memory, stale
+from node import check, checkpoint, memory, ranks, stale
 from rollout import VLLMActor
 
 ARGS = check.Args()
@@ -90,6 +90,11 @@ def test_steps_and_the_reload(loop, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(check, "find_stale_weight", lambda *args: None)
         assert "was not noticed" in fails(check.reload, loop)
+    with monkeypatch.context() as broken:  # a reload of the same weights that changes what is sampled
+        named, heads = ranks.named_weights, ("embed_tokens.weight", "lm_head.weight")
+        broken.setattr(check, "try_reload", lambda *args: None)
+        broken.setattr(ranks, "named_weights", lambda m: ((n, -w if n.endswith(heads) else w) for n, w in named(m)))
+        assert "greedy responses differ" in fails(check.reload, loop)
     loop.actor.reload(loop.model)
     with monkeypatch.context() as broken:
         real = metrics.streamed_waad
@@ -103,8 +108,6 @@ def test_steps_and_the_reload(loop, monkeypatch):
 @pytest.mark.vllm
 def test_one_wrong_tensor_is_named(loop, monkeypatch):
     """Whatever tensor a reload gets wrong: a packed one, a norm, the embedding, the head packed by itself."""
-    from node import ranks
-
     everything, generator = 10**6, torch.Generator().manual_seed(0)
     loop.actor.reload(loop.model)
     assert stale.find_stale_weight(loop.actor, loop.model, generator, everything) is None
@@ -131,11 +134,10 @@ def test_one_wrong_tensor_is_named(loop, monkeypatch):
     found = [stale.find_stale_weight(loop.actor, loop.model, generator) for _ in range(3)]
     assert found == [None] * 3
     with monkeypatch.context() as other:
-        other.setattr(stale, "comparable_weights", lambda *args: [])
+        other.setattr(stale, "comparable_weights", lambda *args: ([], 99))
         with pytest.raises(SystemExit, match="names no weight of Qwen3ForCausalLM as the trainer does"):
             stale.find_stale_weight(loop.actor, loop.model, generator)
-    pairs = stale.comparable_weights(loop.actor, dict(loop.model.named_parameters()))
-    assert len(pairs) == 2 + 12 * 8 and all(parts for _, parts in pairs)
+    assert stale.count_comparable(loop.actor, loop.model) == (2 + 12 * 8 + 1, 2 + 12 * 8 + 1)
 
 
 def test_kill_and_resume(monkeypatch):

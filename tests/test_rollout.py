@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM
 import grpo
 from lab import tiny
 from node.settings import load_model
+from node.stale import find_stale_weight, try_reload
 from rollout import TorchActor, VLLMActor, pad_batch
+from tasks import Problem
 from tests.machine import GAP
 
 PROMPTS = ["3 7 5>38\n<think>", "1 2 3>10\n<think>", "12 15 9>36\n<think>"]
@@ -75,6 +77,26 @@ def test_reload_forgets_the_prefix_cache(pair):
     shake(model, 0.5)
     actor.reload(model)
     assert gap(model, actor.generate(prompt, n=2, max_tokens=16)) < GAP
+
+
+@pytest.mark.vllm
+def test_a_prefix_cache_that_is_not_cleared_ends_the_run(pair, monkeypatch):
+    model, actor, _ = pair
+    monkeypatch.setattr(actor.llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(SystemExit, match="error: vLLM has not cleared its prefix cache") as e:
+        actor.reload(model)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.vllm
+def test_a_trial_leaves_trainer_and_sampler_as_they_were(pair):
+    model, actor, _ = pair
+    actor.reload(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    problems = [Problem(prompt, "countdown-tiny", (), 0) for prompt in PROMPTS]
+    assert "27 of its 27 tensors" in try_reload(actor, model, problems, 16, "float32")
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert find_stale_weight(actor, model, torch.Generator().manual_seed(0), 10**6) is None
 
 
 @pytest.mark.vllm

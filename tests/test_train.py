@@ -67,8 +67,15 @@ def test_a_run_with_vllm(tmp_path, capsys):
 
 @pytest.mark.vllm
 def test_a_sampler_that_was_not_reloaded_stops_the_run(tmp_path, monkeypatch):
-    """At the first step by its weights; and if nobody looked at those, within a few by its log-probabilities."""
+    """Before training by a trial; without it, at the first step by its weights; and if nobody looked at those, within
+    a few by its log-probabilities."""
     monkeypatch.setattr(rollout.VLLMActor, "reload", lambda self, model: None)
+    with pytest.raises(
+        SystemExit, match=r"error: Qwen3ForCausalLM: vLLM's .* differ .* after a reload of changed"
+    ) as e:
+        run("--out", tmp_path / "tried", "--eval_problems", 2)
+    assert "\n" not in str(e.value) and not records(tmp_path / "tried")
+    monkeypatch.setattr(train, "try_reload", lambda *args: None)
     with pytest.raises(SystemExit, match=r"step 1: after the reload the sampler does not hold \S+weight"):
         run("--out", tmp_path / "looked", "--eval_problems", 2)
     assert list((tmp_path / "looked").glob("checkpoint-1/config.json")), "nothing is lost"
