@@ -71,7 +71,7 @@ def fused_attention(
 
 
 def _as_kernels_read(x: Tensor, width: int) -> Tensor:
-    """x with zeros up to this width, each head's numbers side by side: otherwise the CPU kernel silently misreads it."""
+    """x with zeros up to this width, each head's numbers side by side: the CPU kernel misreads all else, silently."""
     if x.shape[-1] < width:
         x = pad(x, (0, width - x.shape[-1]))
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -192,8 +192,8 @@ def choose_heads(layer: Recorded, head: Tensor) -> Recorded:
 
 # ---- 3. Recording ----
 # transformers looks up a model's attention function by a name in its config: "sdpa" for nearly all, "eager" for the few
-# that do not support sdpa. While recording() is active, that name stands for a function of ours, which keeps query, key
-# and Z of the chosen layers. The output is the same.
+# that do not support sdpa. While recording() is active, these names stand for a function of ours, which keeps query,
+# key and Z of the chosen layers. The output is the same.
 
 
 NO_CREDIT = "WAAD and FAI cannot be taken from it: only --credit uniform is possible"
@@ -209,13 +209,14 @@ def recording(model, layers: list[int] | None = None) -> Iterator[dict[int, Reco
     """
     model = getattr(model, "module", model)  # DDP's own model
     own_name, functions = model.config._attn_implementation, AttentionInterface._global_mapping
-    name = own_name if own_name in ("sdpa", "eager") else "sdpa"  # a kernel, flash_attention_2 say, takes other masks
-    own_function = functions.get(name)  # None for "eager": each model has its own, as the default
     recorded: dict[int, Recorded | None] = dict.fromkeys(layers or [])
+    own_functions = {name: functions.get(name) for name in ("sdpa", "eager")}  # no "eager": a model has its own
+    has_kernel = own_name not in own_functions  # flash_attention_2, say, which takes other masks
     try:
-        if own_name != name:
-            model.set_attn_implementation(name)
-        functions[name] = _recording_function(recorded, layers is None, own_function if own_name == "sdpa" else None)
+        if has_kernel:
+            model.set_attn_implementation("sdpa")
+        functions["sdpa"] = _recording_function(recorded, layers is None, None if has_kernel else own_functions["sdpa"])
+        functions["eager"] = _recording_function(recorded, layers is None, None)
         yield recorded
         if missing := [layer for layer, found in recorded.items() if found is None]:
             raise ValueError(f"{type(model).__name__} showed no softmax attention in layers {missing}. {NO_CREDIT}")
@@ -225,11 +226,11 @@ def recording(model, layers: list[int] | None = None) -> Iterator[dict[int, Reco
                 f"interface. {NO_CREDIT}"
             )
     finally:
-        if own_function:
-            functions[name] = own_function
-        else:
-            functions.pop(name, None)
-        if own_name != name:
+        for name, function in own_functions.items():
+            functions[name] = function
+            if function is None:
+                del functions[name]
+        if has_kernel:
             model.set_attn_implementation(own_name)
 
 
