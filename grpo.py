@@ -95,6 +95,43 @@ def clipped_loss(
     return -per_response.sum() / (len(mask) if responses is None else responses)
 
 
+def find_clipped(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+) -> Tensor:
+    """Response tokens outside the clip range, on the side that their advantage pushes to: their gradient is 0.
+
+    All [B,N], as for clipped_loss. Returns [B,N] bool. Ratios of 1.5 and 0.5 lie outside the range from 0.8 to 1.2:
+
+    >>> ratios = torch.tensor([[1.5, 0.5, 1.5, 0.5]])
+    >>> advantages, mask = torch.tensor([[1.0, 1.0, -1.0, -1.0]]), torch.ones(1, 4, dtype=torch.bool)
+    >>> find_clipped(ratios.log(), torch.zeros(1, 4), advantages, mask)
+    tensor([[ True, False, False,  True]])
+    """
+    if epsilon_high is None:
+        epsilon_high = epsilon
+    ratio = probability_ratio(logprobs, old_logprobs, mask)  # [B,N], 1 outside the mask
+    too_high = (ratio > 1 + epsilon_high) & (advantages > 0)
+    too_low = (ratio < 1 - epsilon) & (advantages < 0)
+    return too_high | too_low
+
+
+def estimate_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """The k3 estimate of KL(pi_old || pi) at each response token: rho - 1 - log rho, in nats; 0 outside the mask.
+
+    It is never negative, and its mean over tokens that pi_old sampled is the KL divergence. All [B,N].
+
+    >>> estimate_kl(torch.tensor([[0.5, 0.0]]), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool))
+    tensor([[0.1487, 0.0000]])
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    return log_ratio.expm1() - log_ratio
+
+
 # ---- 2. Through the model ----
 
 # How many float32 logits are made at a time: 128 MiB. That is 220 tokens if the vocabulary has 152,000 entries.
@@ -280,21 +317,30 @@ def update(
     With several ranks, all must hold the same batch. Each makes its share of the passes, and FSDP2 averages the
     gradients.
 
-    Returns the mean loss over the minibatches (this rank's share of it, to be summed over ranks), the mean gradient
-    norm, and the number of skipped gradient steps.
+    Returns a dict. The first three are this rank's share, to be summed over ranks:
+        loss           mean over the minibatches
+        clip_fraction  share of the tokens whose gradient was clipped to 0 (find_clipped)
+        kl             mean over the tokens of estimate_kl: how far the model has moved from pi_old
+        grad_norm      mean over the minibatches, before it is clipped to 1
+        skipped        number of skipped gradient steps
+    The tokens are those of the rows that are computed, each measured in its own pass, so before its own gradient step.
+    In the first minibatch all ratios are 1 up to rounding. Without any such row, clip_fraction and kl are 0.
     """
     losses, norms, skipped = [], [], 0
+    clipped, kl, tokens = 0.0, 0.0, 0  # clipped, kl: sums over this rank's tokens; tokens: the number on all ranks
     for minibatch in minibatches:
         has_gradient = (advantages[minibatch] * mask[minibatch]).any(1)
+        tokens += mask[minibatch[has_gradient]].sum().item()
         passes = micro_batches(mask, minibatch[has_gradient], micro_tokens)
         loss_sum = 0.0
         for (rows, width), counts in share_passes(passes, rank, world):
             response = mask[rows, :width]
+            old, token_advantages = old_logprobs[rows, :width], advantages[rows, :width]
             logprobs, _ = token_logprobs(model, input_ids[rows, :width], response)
             loss = clipped_loss(
                 logprobs,
-                old_logprobs[rows, :width],
-                advantages[rows, :width],
+                old,
+                token_advantages,
                 response,
                 epsilon=epsilon,
                 epsilon_high=epsilon_high,
@@ -303,6 +349,10 @@ def update(
             loss = loss * counts  # a repeated pass has weight 0
             (loss * world).backward()  # FSDP2 averages over the ranks, but the loss is a sum over their passes
             loss_sum += loss.item()
+            if counts:
+                new = logprobs.detach()
+                clipped += find_clipped(new, old, token_advantages, response, epsilon, epsilon_high).sum().item()
+                kl += estimate_kl(new, old, response).sum().item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
         losses.append(loss_sum)
@@ -311,4 +361,10 @@ def update(
         else:
             skipped += 1
         optimizer.zero_grad()
-    return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms), "skipped": skipped}
+    return {
+        "loss": sum(losses) / len(losses),
+        "clip_fraction": clipped / max(tokens, 1),
+        "kl": kl / max(tokens, 1),
+        "grad_norm": sum(norms) / len(norms),
+        "skipped": skipped,
+    }

@@ -47,6 +47,7 @@ from heads import Heads
 from metrics import Signals, measure_heads, observe
 from node import checkpoint, precision, prepare, ranks
 from node.run import DYNAMIC_BATCHES, Clock, Run
+from node.samples import choose_sample
 from node.settings import TINY, parse_args
 from node.stale import find_stale_weight, try_reload
 from rollout import Rollout, chat, pad_batch, start_actor
@@ -114,6 +115,9 @@ class Args:
     eval_every: int = HfArg(default=20, help="Steps between evaluations; 0 evaluates only before and after.")
     save_every: int = HfArg(default=20, help="Steps between checkpoints; the last step is always saved.")
     keep: int = HfArg(default=2, help="How many checkpoints are kept.")
+    report: Literal["none", "tensorboard", "wandb"] = HfArg(
+        default="none", help="Also send the numbers of metrics.jsonl to TensorBoard or to Weights & Biases."
+    )
 
     # The credit
     credit: Literal[CREDITS] = HfArg(
@@ -325,7 +329,8 @@ def train_step(
             micro_tokens=args.micro_tokens, epsilon=args.epsilon, epsilon_high=args.epsilon_high,
             rank=ranks.rank(), world=ranks.world_size(),
         )  # fmt: skip
-        stats["loss"] = ranks.all_reduce_sum(torch.tensor(stats["loss"])).item()
+        for name in ("loss", "clip_fraction", "kl"):  # each rank has its share of the sum
+            stats[name] = ranks.all_reduce_sum(torch.tensor(stats[name])).item()
 
     # 10. The new weights go to the sampler, in place. Then some of its tensors are compared with the trainer's.
     with clock("reload"):
@@ -335,12 +340,14 @@ def train_step(
 
     record = {
         "reward": all_rewards.mean().item(),
-        **stats,  # loss, grad_norm, skipped
+        "lr": optimizer.param_groups[0]["lr"],
+        **stats,  # loss, clip_fraction, kl, grad_norm, skipped
         **describe_tokens(signals, gamma, sampler_logprobs, is_scored),
         "stale_weight": next((name for name in stale_weights if name), None),  # differs between sampler and trainer
         **describe_rollouts(batch, all_rewards, args.horizon[0]),
         "tokens_per_s": mask.sum().item() / sum(clock.seconds.values()),
         "seconds": clock.seconds,
+        "sample": choose_sample(rollouts, batch.rewards, advantages, gamma, mask),  # one group, for samples.jsonl
     }
     return record, heads
 
@@ -360,9 +367,11 @@ def describe_rollouts(batch: Batch, all_rewards: Tensor, horizon_low: int) -> di
     """What metrics.jsonl says about the responses of a step. batch: those that were trained on."""
     rollouts = [response for group in batch.groups for response in group]
     return {
+        "responses": len(rollouts),
         "length": sum(len(r.ids) for r in rollouts) / len(rollouts),
         "truncated": sum(r.truncated for r in rollouts),
         "empty": sum(not r.text for r in rollouts),
+        "zero_reward": int((rewards == 0).sum()),
         "within_horizon": sum(len(r.ids) <= horizon_low for r in rollouts),  # too short to have an anchor
         "problems": len(all_rewards),
         "equal_groups": int((all_rewards == all_rewards[:, :1]).all(1).sum()),
@@ -409,7 +418,7 @@ def main(args: Args, credit: Callable[..., Tensor] | None = None) -> None:
             sampler, args.eval_task or args.task, ranks.my_share(test_set), args.eval_samples, args.max_tokens,
             stop=args.stop, reward_processes=args.reward_processes,
         )  # fmt: skip
-        run.log_evaluation(torch.tensor(ranks.all_gather(rewards.tolist())).mean(1))
+        run.log_evaluation(torch.tensor(ranks.all_gather(rewards.tolist())).mean(1), test_set)
 
     with run.stopping_softly():  # Ctrl-C and SIGTERM end the run after the current step
         if run.evaluation_is_due:

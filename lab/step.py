@@ -40,6 +40,7 @@ from credit import Coupled, assign_credit, coupled_parts
 from grpo import (
     check_logits,
     clipped_loss,
+    find_clipped,
     group_advantages,
     probability_ratio,
     shape_advantages,
@@ -155,20 +156,6 @@ def take_step(model, tokenizer, problem: tasks.Problem, args: train.Args) -> Ste
         moved=moved,
         handed_logprobs=handed_logprobs,
     )
-
-
-def find_clipped(
-    logprobs: Tensor, old_logprobs: Tensor, token_advantages: Tensor, mask: Tensor, epsilon: float
-) -> Tensor:
-    """Response tokens whose gradient clipping has set to 0: the loss does not depend on their log-prob. [G,N] bool
-
-    >>> token_advantages, mask = torch.tensor([[1.0, 1.0, -1.0, -1.0]]), torch.ones(1, 4, dtype=torch.bool)
-    >>> find_clipped(torch.tensor([[1.3, 0.7, 1.3, 0.7]]).log(), torch.zeros(1, 4), token_advantages, mask, 0.2)
-    tensor([[ True, False, False,  True]])
-    """
-    logprobs = logprobs.clone().requires_grad_()
-    clipped_loss(logprobs, old_logprobs, token_advantages, mask, epsilon).backward()
-    return mask & (token_advantages != 0) & (logprobs.grad == 0)
 
 
 def choose_response(step: Step) -> int:

@@ -5,6 +5,8 @@
     ranks         several processes: shares, exchange of results, FSDP2
     precision     the type that passes compute in
     run           one run: its folder, its log, the order of problems; when it saves, evaluates and stops
+    samples       one group of responses a step, for samples.jsonl
+    look          a page of one or several runs: curves and responses
     checkpoint    loading, saving and resuming in shares
     weights       the model's tensors under the names that checkpoints have for them
     reload        the trainer's weights go into vLLM

@@ -16,7 +16,7 @@ from grpo import check_logits
 from metrics import measure_heads
 from node import memory, precision, ranks
 from node.checkpoint import load_sharded
-from node.run import read_args
+from node.run import import_report, read_args
 from node.settings import fill_defaults, load_config, load_tokenizer
 from rollout import chat, tokenize
 
@@ -40,6 +40,7 @@ def complete_args(args, defaults: dict):
 
 def check_args(args) -> None:
     """Raise ValueError for arguments that cannot work."""
+    import_report(args.report)
 
     def must_lie(low: float, high: float, *names: str) -> None:
         for name in names:

@@ -1,11 +1,14 @@
 """One training run: its folder, its log, the order of its problems; when it saves, evaluates, stops and resumes."""
 
+import hashlib
+import importlib
 import json
+import math
 import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -18,7 +21,8 @@ from tqdm import tqdm
 
 from heads import Heads
 from node import checkpoint, ranks
-from node.output import mean_interval, minutes, write_whole
+from node.output import mean_interval, minutes, read_lines, write_whole
+from node.samples import spell_sample
 
 # The largest mean |logp_vllm - logp_torch| that rounding can explain. Above it, the sampler has other weights.
 # In bfloat16 the size of rounding errors depends on the model. So after the first GAP_STEPS steps the limit is
@@ -28,6 +32,8 @@ GAP_LIMIT = {"float32": 1e-3, "TF32": 1e-2, "bfloat16": 0.3}
 GAP_STEPS, GAP_FACTOR, LEAST_LIMIT = 3, 5, 0.02
 DYNAMIC_BATCHES = 4  # batches that --dynamic may draw for one step
 SKIP_LIMIT = 3  # steps in a row with a gradient that is not finite
+EQUAL_STEPS, SAY_AGAIN = 5, 20  # steps in a row without any unequal group, before the run says so; and says so again
+REPORTS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # --report, and the module that it needs
 SHOWN = {"reward": ".2f", "gap_mean": ".0e", "entropy": ".2f", "tokens_per_s": ".0f"}  # beside the progress bar
 
 
@@ -65,7 +71,11 @@ class Run:
         self.baseline_success = state["baseline_success"]  # held-out success of each problem before training
         device = next(model.parameters()).device
         self.heads = state["heads"] and Heads(state["heads"][0], *(x.to(device) for x in state["heads"][1:]))
-        self.log = Log(self.folder, self.step if args.resume else None)
+        resumed_at = self.step if args.resume else None
+        self.log = Log(self.folder, resumed_at, args)
+        self.samples = JsonLines(self.folder / "samples.jsonl", resumed_at)
+        self.evaluations = JsonLines(self.folder / "evaluations.jsonl", resumed_at)
+        self.said_equal_at = -math.inf  # the step at which the run last said that it learns nothing
         self.evaluation_is_due = self._evaluates_here() or self.log.must_evaluate_again
 
     @property
@@ -86,7 +96,10 @@ class Run:
         """Log a step, save when due, and stop a run that cannot go on."""
         self.step += 1
         self.data_position += record["problems"]
+        sample = record.pop("sample")
         self.log({"step": self.step, **record})
+        if ranks.rank() == 0:
+            self.samples.append({"step": self.step, **spell_sample(sample, self.tokenizer)})
         self.bar.set_postfix({name: format(record[name], spec) for name, spec in SHOWN.items()})
         self.bar.update()
         unequal_groups = record["unequal_groups"]
@@ -95,6 +108,10 @@ class Run:
                 f"step {self.step}: --dynamic found {unequal_groups} groups of unequal reward among "
                 f"{record['problems']}, not {self.args.prompts}"
             )
+        warning = describe_equal_groups([r for r in self.log.records if "reward" in r])
+        if warning and self.step - self.said_equal_at >= SAY_AGAIN:
+            self.said_equal_at = self.step
+            self.say(f"step {self.step}: {warning} To read the responses: python -m node.look {self.folder}")
         self.skips = self.skips + 1 if record["skipped"] else 0
         self._stop_if_broken(record)
         self.stopping = ranks.any_rank(bool(self._asked_to_stop))
@@ -141,11 +158,13 @@ class Run:
                 f"skipped. Lower --lr, or resume from the last checkpoint. See {self.log.path}"
             )
 
-    def log_evaluation(self, success: Tensor) -> None:
-        """Log held-out success and draw the curve. success [P]: mean reward of each problem."""
+    def log_evaluation(self, success: Tensor, problems: list) -> None:
+        """Log held-out success and draw the curve. success [P]: mean reward of each of the P problems."""
         self.evaluation_is_due = False
         mean, half = mean_interval(success)
         self.log({"step": self.step, "success": mean, "half_width_95": half})
+        per_problem = [round(x, 4) for x in success.tolist()]
+        self.evaluations.append({"step": self.step, "problems": fingerprint(problems), "success": per_problem})
         if ranks.rank() == 0:
             plot(self.folder, self.log.records)
         if self.baseline_success is None:
@@ -261,42 +280,128 @@ def read_args(args):
     return replace(saved, resume=args.resume, steps=steps, dry_run=args.dry_run)
 
 
-class Log:
-    """The records of a run, in memory and in metrics.jsonl. Rank 0 writes."""
+class JsonLines:
+    """A file of a run with a JSON object in each line, each with its step. Rank 0 reads and writes it."""
 
-    def __init__(self, folder: Path, resumed_at: int | None = None):
-        """resumed_at: the step of the checkpoint to resume from. What was logged after the checkpoint is dropped.
+    def __init__(self, path: Path, resumed_at: int | None = None):
+        """resumed_at: the step of the checkpoint to resume from. What was written after the checkpoint is dropped.
 
-        An evaluation at that step was made after the checkpoint was written, so it is dropped too and made again.
+        An evaluation ("success") at that step was made after the checkpoint was written, so it is dropped too.
         """
-        self.path, self.records = folder / "metrics.jsonl", []
-        self.must_evaluate_again = False
-        if ranks.rank() == 0:
-            self._read_back(resumed_at)
-        # Only rank 0 reads the file that it also rewrites. All ranks must agree on what to evaluate.
-        self.records, self.must_evaluate_again = ranks.from_rank_0((self.records, self.must_evaluate_again))
-
-    def _read_back(self, resumed_at: int | None) -> None:
-        lines = []
-        if resumed_at is not None and self.path.exists():
-            lines = self.path.read_text().splitlines()
+        self.path, self.dropped_evaluation = path, False
+        if ranks.rank() > 0:
+            return
+        lines = path.read_text().splitlines() if resumed_at is not None and path.exists() else []
+        kept = []
         for line in lines:
             try:
                 record = json.loads(line)
             except ValueError:  # the line that was being written when the run was killed
                 break
             is_of_checkpoint = record["step"] == resumed_at
-            if record["step"] < resumed_at or (is_of_checkpoint and "reward" in record):
-                self.records.append(record)
+            if record["step"] < resumed_at or (is_of_checkpoint and "success" not in record):
+                kept.append(line + "\n")
             if is_of_checkpoint and "success" in record:
-                self.must_evaluate_again = True
-        write_whole(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
+                self.dropped_evaluation = True
+        write_whole(path, "".join(kept))
+
+    def append(self, record: dict) -> None:
+        """Write a line."""
+        if ranks.rank() == 0:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(record, separators=(",", ":")) + "\n")
+
+
+class Log(JsonLines):
+    """metrics.jsonl, whose records are also in memory, on all ranks; --report gets them too."""
+
+    def __init__(self, folder: Path, resumed_at: int | None, args):
+        super().__init__(folder / "metrics.jsonl", resumed_at)
+        records = read_lines(self.path) if ranks.rank() == 0 else []
+        # Only rank 0 reads the file. All ranks must agree on what to evaluate.
+        self.records, self.must_evaluate_again = ranks.from_rank_0((records, self.dropped_evaluation))
+        self.report = open_report(args, folder) if ranks.rank() == 0 else None
 
     def __call__(self, record: dict) -> None:
         self.records.append(record)
-        if ranks.rank() == 0:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(record) + "\n")
+        self.append(record)
+        if self.report:
+            self.report(flatten_numbers(record), record["step"])
+
+
+def import_report(name: str):
+    """The module that --report NAME needs, None for "none". ValueError if it is not installed."""
+    if name == "none":
+        return None
+    try:
+        return importlib.import_module(REPORTS[name])
+    except ImportError as e:
+        raise ValueError(f"--report {name}: the package {name} is not installed. Run: pip install {name}") from e
+
+
+def open_report(args, folder: Path) -> Callable[[dict[str, float], int], None] | None:
+    """--report: a function that sends the numbers of a step to TensorBoard or to Weights & Biases."""
+    module = import_report(args.report)
+    if args.report == "wandb":
+        # A resumed run is a new run there, in the same group.
+        run = module.init(project=args.task, name=folder.name, group=str(folder), dir=folder, config=asdict(args))
+        return lambda numbers, step: run.log(numbers, step=step)
+    if args.report == "tensorboard":
+        writer = module.SummaryWriter(folder)
+
+        def send(numbers: dict[str, float], step: int) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        return send
+    return None
+
+
+def flatten_numbers(record: dict) -> dict[str, float]:
+    """The numbers of a record by name, without its step; those of a dict inside it as NAME/KEY.
+
+    >>> flatten_numbers({"step": 3, "reward": 0.5, "stale_weight": None, "seconds": {"score": 2.0}})
+    {'reward': 0.5, 'seconds/score': 2.0}
+    """
+    numbers = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            numbers |= {f"{name}/{key}": number for key, number in value.items()}
+        elif isinstance(value, (int, float)) and name != "step":
+            numbers[name] = value
+    return numbers
+
+
+def describe_equal_groups(steps: list[dict]) -> str | None:
+    """What to say when the last EQUAL_STEPS steps had no group of unequal reward; else None. steps: their records."""
+    last = steps[-EQUAL_STEPS:]
+    if len(last) < EQUAL_STEPS or any(r["equal_groups"] < r["problems"] for r in last):
+        return None
+    if any("zero_reward" not in r for r in last):  # they are from an older version, before a resume
+        return None
+
+    responses = sum(r["responses"] for r in last)
+    share = {name: sum(r[name] for r in last) / responses for name in ("empty", "truncated", "zero_reward")}
+    if share["zero_reward"] < 0.5:
+        advice = "The problems are too easy: choose a harder --task."
+    elif share["truncated"] > 0.5:
+        advice = "Most responses are cut off before their answer: raise --max_tokens."
+    else:
+        advice = (
+            "Read some responses: do they answer in the form that the verifier expects? If so, the problems are too "
+            "hard: choose an easier --task, a stronger --model or a larger --group."
+        )
+    return (
+        f"nothing was learned in the last {EQUAL_STEPS} steps, because the rewards inside each group were equal. Of "
+        f"their responses, {share['empty']:.0%} were empty, {share['truncated']:.0%} were cut off at --max_tokens, and "
+        f"{share['zero_reward']:.0%} had reward 0 (no answer, or a wrong one). {advice}"
+    )
+
+
+def fingerprint(problems: list) -> str:
+    """A short name for these problems in this order. Runs with the same one can be compared problem by problem."""
+    return hashlib.sha256(json.dumps([str(p.prompt) for p in problems]).encode()).hexdigest()[:12]
 
 
 def plot(folder: Path, log: list[dict]) -> None:

@@ -200,6 +200,71 @@ def test_update_takes_the_gradient_of_the_equations_on_each_minibatch():
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
+def slow_measures(new, old, advantages, tokens, low, high):
+    """Share of clipped tokens, and mean of rho - 1 - log rho, over a list of (row, position), from the definitions."""
+    clipped, kl = 0, 0.0
+    for b, t in tokens:
+        ratio, a = math.exp(new[b, t] - old[b, t]), advantages[b, t].item()
+        clipped += (a > 0 and ratio > 1 + high) or (a < 0 and ratio < 1 - low)
+        kl += ratio - 1 - math.log(ratio)
+    return clipped / len(tokens), kl / len(tokens)
+
+
+@pytest.mark.parametrize("high", [None, 0.4])
+def test_clipped_tokens_and_kl_equal_their_definitions(high):
+    for seed in range(5):
+        new, old, shaped, mask = random_batch(seed)
+        new = torch.where(mask, new, torch.nan)  # only response tokens count
+        tokens = mask.nonzero().tolist()
+        share, kl = slow_measures(new, old, shaped, tokens, 0.2, high or 0.2)
+        clipped, estimates = grpo.find_clipped(new, old, shaped, mask, 0.2, high), grpo.estimate_kl(new, old, mask)
+        assert not clipped[~mask].any() and not estimates[~mask].any() and (estimates >= 0).all()
+        assert 0.1 < clipped.sum().item() / len(tokens) == pytest.approx(share)
+        assert estimates.sum().item() / len(tokens) == pytest.approx(kl, rel=1e-4)
+
+
+def test_a_clipped_token_is_one_without_gradient():
+    new, old, shaped, mask = random_batch()
+    new.requires_grad_()
+    grpo.clipped_loss(new, old, shaped, mask, 0.1, 0.3).backward()
+    assert torch.equal(grpo.find_clipped(new.detach(), old, shaped, mask, 0.1, 0.3), mask & (new.grad == 0))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_update_measures_each_token_before_its_own_step_and_ranks_sum_to_the_whole(world):
+    g, t = torch.Generator().manual_seed(2), torch.arange(20)
+    ids, mask = torch.randint(0, 40, (7, 20), generator=g), (t >= 3) & (t < torch.randint(5, 20, (7, 1), generator=g))
+    shaped = mask * torch.tensor([1.0, -2, 0, 3, -1, 0, 2])[:, None]  # rows 2 and 5 are not computed
+    parts = [torch.tensor([4, 0, 2]), torch.tensor([1, 5, 3, 6])]
+    old = grpo.token_logprobs(small_model(head_dim=16), ids, mask)[0].detach() + 0.3 * torch.randn(7, 20, generator=g)
+
+    def measure(rank):
+        model = small_model(head_dim=16)
+        frozen = torch.optim.SGD(model.parameters(), 0.0)  # so that all ranks see the same model in each minibatch
+        return grpo.update(model, frozen, ids, mask, old, shaped, parts, 40, 0.2, 0.3, rank=rank, world=world)
+
+    done = [measure(rank) for rank in range(world)]
+    new = grpo.token_logprobs(small_model(head_dim=16), ids, mask)[0].detach()
+    tokens = [(b, i) for b, i in mask.nonzero().tolist() if shaped[b, i] != 0]
+    share, kl = slow_measures(new, old, shaped, tokens, 0.2, 0.3)
+    assert share > 0.1 and sum(d["clip_fraction"] for d in done) == pytest.approx(share)
+    assert sum(d["kl"] for d in done) == pytest.approx(kl, rel=1e-3)
+
+
+def test_the_second_minibatch_is_measured_after_the_step_on_the_first_and_none_is_zero():
+    ids, mask = batch_of()
+    old = grpo.token_logprobs(small_model(head_dim=16), ids, mask)[0].detach()
+
+    def measure(shaped, parts):
+        model = small_model(head_dim=16)
+        return grpo.update(model, torch.optim.SGD(model.parameters(), 0.3), ids, mask, old, shaped, parts)
+
+    rows = torch.arange(3)
+    first, both, none = measure(1.0 * mask, [rows]), measure(1.0 * mask, [rows, rows]), measure(0.0 * mask, [rows])
+    assert first["clip_fraction"] == 0 and first["kl"] < 1e-8 and both["kl"] > 1e-4
+    assert none["clip_fraction"] == none["kl"] == none["grad_norm"] == 0
+
+
 def test_token_logprobs_are_those_of_the_unpadded_sequence():
     torch.manual_seed(0)
     model = small_model(head_dim=16)

@@ -32,8 +32,9 @@ def run(*argv):
 
 
 def outcome(folder, steps=5):
-    """The final weights, and the log without times."""
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The final weights, and all that is logged but times."""
+    files = [folder / name for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")]
+    log = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return load_file(folder / f"checkpoint-{steps}" / "model.safetensors"), [
         {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in log
     ]
@@ -114,8 +115,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, monk
         damage(tmp_path / name / "checkpoint-3")
         assert checkpoint.find_latest(tmp_path / name)[0].name == "checkpoint-2"
         assert "checkpoint-3 is damaged" in capsys.readouterr().err
-    with open(tmp_path / name / "metrics.jsonl", "a") as f:
-        f.write('{"step": 4, "rew')  # and the line that was being written
+    for file in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
+        with open(tmp_path / name / file, "a") as f:
+            f.write('{"step": 4, "rew')  # and the line that was being written
     run("--resume", tmp_path / name)
     captured = capsys.readouterr()
     assert "checkpoint-3 is damaged" in captured.err and "checkpoint-2" in captured.out

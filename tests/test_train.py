@@ -123,7 +123,7 @@ def given(sampled, monkeypatch, **changes):
 
     def note(model, optimizer, input_ids, mask, **more):
         seen.update(input_ids=input_ids, mask=mask, **more)
-        return {"loss": 0.0, "grad_norm": 0.0, "skipped": 0}
+        return {"loss": 0.0, "clip_fraction": 0.0, "kl": 0.0, "grad_norm": 0.0, "skipped": 0}
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "update", note)

@@ -10,8 +10,6 @@ import json
 import math
 import random
 import re
-import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -30,6 +28,7 @@ from lab import step, step_page
 from metrics import observe
 from node.settings import TINY, load_model
 from rollout import Rollout, pad_batch
+from tests.browser import in_browser, report_of, with_script
 
 FIGURES = Path(__file__).parents[2] / "lab" / "figures"
 HOSTILE = ["</script><script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "<!--", "\x00\x1b[2J", "'&amp;",
@@ -348,40 +347,6 @@ def test_bad_arguments_are_one_line(argv, message, monkeypatch):
     with pytest.raises(SystemExit, match=f"error: .*{message}") as e:
         run(*argv)
     assert "\n" not in str(e.value)
-
-
-def in_browser(path: Path, tmp_path: Path) -> str:
-    """The page's DOM after its script, without whose end the test fails; the test is skipped where no Chromium is."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no Chromium here: the page's script was not run")
-    done = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         f"--user-data-dir={tmp_path}/browser", "--dump-dom", path.as_uri()],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert 'data-ready="yes"' in done.stdout and "data-error" not in done.stdout.split("<head>")[0], done.stderr
-    return done.stdout
-
-
-def report_of(dom: str):
-    """What a test's script wrote into the element "report"."""
-    return json.loads(html.unescape(re.search(r'<pre id="report">(.*?)</pre>', dom, re.DOTALL)[1]))
-
-
-REPORT = """
-function report(values) {
-  const pre = document.createElement("pre");
-  pre.id = "report";
-  pre.textContent = JSON.stringify(values);
-  document.body.append(pre);
-}
-"""
-
-
-def with_script(page: str, script: str) -> str:
-    return page.replace("</html>", f"<script>{REPORT}{script}</script></html>")
 
 
 KEYS = """
