@@ -44,7 +44,7 @@ class Args:
     )
     data: str | None = HfArg(
         default=None,
-        help=f"Local file to read in place of the task's dataset: {tasks.COLUMNS}. With one task only.",
+        help=f"Local file to read in place of the task's dataset: {tasks.COLUMNS}; with one task only.",
     )
     problems: int | None = HfArg(default=None, help="Held-out problems (default: each task's own number).")
     samples: int | None = HfArg(

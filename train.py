@@ -83,7 +83,7 @@ class Args:
     task: str | None = by_model("task", f"Problems and their reward: {tasks.HELP}")
     data: str | None = HfArg(
         default=None,
-        help=f"Local file to read in place of the task's dataset: {tasks.COLUMNS}. Without --eval_data, a part of it "
+        help=f"Local file to read in place of the task's dataset: {tasks.COLUMNS}; without --eval_data, a part of it "
         "is held out.",
     )
     eval_task: str | None = HfArg(default=None, help="Task of the held-out problems (default: --task).")
@@ -371,7 +371,7 @@ def describe_rollouts(batch: Batch, all_rewards: Tensor, horizon_low: int) -> di
         "length": sum(len(r.ids) for r in rollouts) / len(rollouts),
         "truncated": sum(r.truncated for r in rollouts),
         "empty": sum(not r.text for r in rollouts),
-        "zero_reward": int((rewards == 0).sum()),
+        "zero_reward": int((batch.rewards == 0).sum()),
         "within_horizon": sum(len(r.ids) <= horizon_low for r in rollouts),  # too short to have an anchor
         "problems": len(all_rewards),
         "equal_groups": int((all_rewards == all_rewards[:, :1]).all(1).sum()),

@@ -24,7 +24,7 @@ class Replay:
     def __init__(self, sampled: dict[str, list]):
         self.sampled = sampled
 
-    def generate(self, prompts: list[str], n: int, max_tokens: int) -> list[list]:
+    def generate(self, prompts: list[str], n: int, max_tokens: int, stop=None) -> list[list]:
         """The recorded responses to the prompts."""
         return [self.sampled[p] for p in prompts]
 

@@ -19,7 +19,7 @@ from tasks.countdown import VARIANTS, Countdown
 from tasks.problem import Problem, Task
 
 TASKS: dict[str, Task] = {**VARIANTS, **BENCHMARKS}
-COLUMNS = "a .json, .jsonl or .parquet file with columns question and answer for gsm8k, prompt and solution for math"
+COLUMNS = "a JSON, JSONL or parquet file with columns question and answer for gsm8k, prompt and solution for math"
 HELP = f"one of {', '.join(TASKS)}; or a Python file with two functions, load and reward (examples/my_task.py)"
 
 

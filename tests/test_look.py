@@ -21,6 +21,7 @@ import train
 from node import look, samples, settings
 from node import run as node_run
 from rollout import Rollout
+from tasks import countdown
 from tests.browser import in_browser, report_of, with_script
 
 ROOT = Path(train.__file__).parent
@@ -64,7 +65,8 @@ def test_each_step_leaves_one_group_with_its_numbers(pair):
             text = "".join(r["tokens"])
             assert len(r["tokens"]) == len(r["gamma"]) <= 48 and r["left_out"] == 0
             assert r["truncated"] == ("<eos>" not in text) and len(tokenizer(text).input_ids) == len(r["tokens"])
-            assert r["reward"] == train.tasks.reward(problems[line["prompt"]], text.removesuffix("<eos>"))
+            judge = train.tasks.get("countdown-tiny").reward
+            assert r["reward"] == judge(problems[line["prompt"]], text.removesuffix("<eos>"))
             std = statistics.stdev(rewards)
             want = (r["reward"] - statistics.mean(rewards)) / std if std else 0.0
             assert r["advantage"] == pytest.approx(want, abs=1e-3)
@@ -441,7 +443,7 @@ def test_equal_groups_are_described_with_what_to_do():
 
 
 def test_a_run_that_learns_nothing_says_so_once_in_a_while(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train.tasks, "reward", lambda problem, text: 0.0)
+    monkeypatch.setattr(countdown.Countdown, "reward", lambda self, problem, text: 0.0)
     monkeypatch.setattr(node_run, "SAY_AGAIN", 3)
     run("--engine", "torch", "--steps", 9, "--prompts", 2, "--group", 2, "--minibatches", 1, "--eval_problems", 2,
         "--eval_every", 0, "--save_every", 9, "--max_tokens", 4, "--out", tmp_path / "run")  # fmt: skip

@@ -52,7 +52,7 @@ def test_a_run_with_vllm(tmp_path, capsys):
     assert [r["step"] for r in steps] == [1, 2, 3]
     for r in steps:
         assert r["gap_max"] < GAP and r["gap_mean"] <= r["gap_max"]
-        assert set(r["seconds"]) == {"generate", "score", "credit", "update", "reload", "check"}
+        assert set(r["seconds"]) == {"generate", "reward", "score", "credit", "update", "reload", "check"}
         assert r["truncated"] < 24 and r["empty"] == 0 and r["within_horizon"] == 0 and 0.05 < r["entropy"] < 0.6
         assert 1 < r["gamma"] < 1.75 and r["equal_groups"] + r["unequal_groups"] == 6
     assert any(r["grad_norm"] > 0 for r in steps)
@@ -194,7 +194,7 @@ def test_spans_do_not_depend_on_the_passes(sampled):
 def test_what_is_learned_from_is_never_evaluated_on(tmp_path, monkeypatch):
     trained, judged, step, evaluate = [], [], train.train_step, train.evaluate
     monkeypatch.setattr(train, "train_step", lambda *args: trained.extend(args[4]) or step(*args))
-    monkeypatch.setattr(train, "evaluate", lambda *args: judged.extend(args[1]) or evaluate(*args))
+    monkeypatch.setattr(train, "evaluate", lambda *args, **how: judged.extend(args[2]) or evaluate(*args, **how))
     how = ["--engine", "torch", "--steps", 2, "--max_tokens", 24, "--eval_problems", 4, "--seed", 1]
     run("--out", tmp_path / "run", *how)
     splits = [{countdown.split_of(*p.answer) for p in problems} for problems in (trained, judged)]
@@ -236,7 +236,7 @@ def test_the_split_is_measured_on_the_batch_even_if_all_groups_are_equal(sampled
 
     monkeypatch.setattr(train, "measure_heads", note)
     _, mixed, _ = one_step(sampled, credit="coupled")
-    monkeypatch.setattr(train.tasks, "reward", lambda problem, text: 0.0)
+    monkeypatch.setattr(countdown.Countdown, "reward", lambda self, problem, text: 0.0)
     record, equal, _ = one_step(sampled, credit="coupled")
     assert rows == [32, 32] and torch.equal(equal.spans, mixed.spans)
     assert record["grad_norm"] == 0 and record["equal_groups"] == 8 and record["gap_max"] < GAP
@@ -302,15 +302,15 @@ def test_dynamic_sampling_replaces_groups_of_equal_reward(sampled, tmp_path, mon
     problems = train.tasks.load("countdown-tiny", "train", 24)
     torch.manual_seed(0)
     args = tiny_args(prompts=6, group=4, max_tokens=96, dynamic=True)
-    groups, rewards, everything = train.sample_dynamic(args, actor, problems)
+    (groups, rewards, _), everything = train.sample_dynamic(args, actor, problems, node_run.Clock())
     assert len(groups) == len(rewards) == 6 and all(0 < r.mean() < 1 for r in rewards)
     assert len(everything) > 6 and len(everything) % 6 == 0, "whole batches are drawn until there are enough"
-    plain_groups, plain_rewards = train.sample_batch(args, actor, problems[:6])
+    plain_groups, plain_rewards, _ = train.sample_batch(args, actor, problems[:6], node_run.Clock())
     assert len(plain_groups) == 6 and plain_rewards.shape == (6, 4)
 
     rewards = iter([0.0, 0.0, 0.0, 1.0] * 2 + [0.0] * 999)  # two groups differ, of the six that are wanted
-    monkeypatch.setattr(train.tasks, "reward", lambda problem, text: next(rewards))
-    monkeypatch.setattr(train, "evaluate", lambda actor, problems, n, max_tokens: ([[]] * 16, torch.zeros(16, 2)))
+    monkeypatch.setattr(countdown.Countdown, "reward", lambda self, problem, text: next(rewards))
+    monkeypatch.setattr(train, "evaluate", lambda *args, **how: ([[]] * 16, torch.zeros(16, 2)))
     run("--engine", "torch", "--out", tmp_path / "run", "--steps", 1, "--dynamic")
     assert "step 1: --dynamic found 2 groups of unequal reward among 24, not 6" in capsys.readouterr().out
     assert [r["unequal_groups"] for r in records(tmp_path / "run") if "reward" in r] == [2]
@@ -319,8 +319,8 @@ def test_dynamic_sampling_replaces_groups_of_equal_reward(sampled, tmp_path, mon
 def test_dynamic_stops_when_it_has_enough_and_goes_on_behind_what_it_drew(tmp_path, monkeypatch):
     coin = itertools.cycle([0.0, 0.0, 0.0, 1.0] * 4 + [0.0] * 8)  # four of six groups differ
     asked, step = [], train.train_step
-    monkeypatch.setattr(train.tasks, "reward", lambda problem, text: next(coin))
-    monkeypatch.setattr(train, "evaluate", lambda actor, problems, n, max_tokens: ([[]] * 16, torch.zeros(16, 2)))
+    monkeypatch.setattr(countdown.Countdown, "reward", lambda self, problem, text: next(coin))
+    monkeypatch.setattr(train, "evaluate", lambda *args, **how: ([[]] * 16, torch.zeros(16, 2)))
     monkeypatch.setattr(train, "train_step", lambda *args: asked.append(args[4]) or step(*args))
     run("--engine", "torch", "--out", tmp_path / "run", "--steps", 2, "--dynamic", "--max_tokens", 24)
     assert [r["problems"] for r in records(tmp_path / "run") if "reward" in r] == [12, 12]
@@ -373,7 +373,7 @@ def test_the_learning_rate_grows_and_the_split_is_measured_in_turn_across_a_resu
 
 @pytest.mark.parametrize("flags, groups", [([], 6), (["--dynamic"], 24)])
 def test_groups_of_equal_reward_are_survived(flags, groups, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.tasks, "reward", lambda problem, text: 0.0)
+    monkeypatch.setattr(countdown.Countdown, "reward", lambda self, problem, text: 0.0)
     how = ["--engine", "torch", "--steps", 2, "--eval_problems", 2, "--max_tokens", 24]
     run("--out", tmp_path / "run", *how, *flags)
     steps = [r for r in records(tmp_path / "run") if "reward" in r]
@@ -384,7 +384,7 @@ def test_groups_of_equal_reward_are_survived(flags, groups, tmp_path, monkeypatc
 
 def test_short_and_truncated_responses_are_survived(tmp_path, monkeypatch):
     coin = iter([0.0, 1.0] * 10_000)
-    monkeypatch.setattr(train.tasks, "reward", lambda problem, text: next(coin))
+    monkeypatch.setattr(countdown.Countdown, "reward", lambda self, problem, text: next(coin))
     run("--engine", "torch", "--out", tmp_path / "run", "--max_tokens", 3, "--steps", 2, "--eval_problems", 2)
     steps = [r for r in records(tmp_path / "run") if "reward" in r]
     for r in steps:

@@ -9,6 +9,7 @@ import torch
 import grpo
 from lab import alignment, truth, truth_tables
 from node.settings import load_model
+from tasks import countdown
 
 
 def batch(rows=6, n=40):
@@ -80,9 +81,9 @@ def test_shares_equal_their_definition_and_add_up(slices):
 
 def test_with_the_truth_there_are_three_arms_more(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(truth_tables, "RESAMPLES", 20)
-    monkeypatch.setattr(
-        truth.tasks, "reward", lambda problem, text: text.count("1") % 2.0
-    )  # half of short ones succeed
+    monkeypatch.setattr(  # half of short ones succeed
+        countdown.Countdown, "reward", lambda self, problem, text: text.count("1") % 2.0
+    )
     folder, out = str(tmp_path / "truth"), tmp_path / "table.md"
     short = dict(max_tokens=24, engine="torch")
     truth.main(truth.Args(responses=32, continuations=4, out=folder, **short))

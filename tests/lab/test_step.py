@@ -28,6 +28,7 @@ from lab import step, step_page
 from metrics import observe
 from node.settings import TINY, load_model
 from rollout import Rollout, pad_batch
+from tasks import countdown
 from tests.browser import in_browser, report_of, with_script
 
 FIGURES = Path(__file__).parents[2] / "lab" / "figures"
@@ -321,7 +322,7 @@ def test_the_maps_are_those_of_the_two_extreme_heads(made):
 
 
 def test_a_group_of_equal_rewards_teaches_nothing_and_is_shown_all_the_same(made, monkeypatch):
-    monkeypatch.setattr(tasks, "reward", lambda problem, text: 0.0)
+    monkeypatch.setattr(countdown.Countdown, "reward", lambda self, problem, text: 0.0)
     model, tokenizer = load_model(TINY, "cpu")
     torch.manual_seed(0)
     args = replace(made[3][2], max_tokens=8, group=2)
