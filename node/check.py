@@ -42,6 +42,7 @@ import metrics
 import tasks
 from node import checkpoint, memory, precision, ranks, replay
 from node.output import minutes
+from node.prepare import describe_attention
 from node.run import Clock, gap_limit_at_start
 from node.settings import TINY, fill_defaults, load_config, load_tokenizer, parse_args
 from node.stale import count_comparable, find_stale_weight, try_reload
@@ -245,7 +246,8 @@ def steps(loop: Loop) -> str:
     require(gap < limit, f"the sampler's log-probabilities differ from the trainer's by {gap:.2g} on average: as above")
     require(all(r["skipped"] == 0 for r in records), "a gradient was not finite")
     slept = "slept and woke" if getattr(loop.actor, "sleeps", False) else "no sleep on this device"
-    return f"gap {gap:.0e}, reward {records[-1]['reward']:.2f}, {slept}"
+    where = describe_attention(loop.model, loop.heads.layers)
+    return f"gap {gap:.0e}, reward {records[-1]['reward']:.2f}, {slept}; {where}"
 
 
 def reload(loop: Loop) -> str:

@@ -3,6 +3,7 @@
 import logging
 import math
 import zlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import tasks
+from attention import recording
 from credit import NEED_ATTENTION
-from grpo import check_logits
-from metrics import measure_heads
+from grpo import check_logits, token_logprobs
+from metrics import measure_heads, softmax_layers
 from node import memory, precision, ranks
 from node.checkpoint import load_sharded
 from node.run import import_report, read_args
@@ -167,10 +169,40 @@ def print_plan(args) -> None:
         f"the first: {train_set[0].prompt!r}\n"
         f"{args.steps} steps of {args.prompts} problems x {args.group} responses of up to {args.max_tokens} tokens, "
         f"{args.minibatches} minibatches each, learning rate {args.lr:g}, {args.dtype}\n"
+        f"{describe_layers(shape)}\n"
         f"credit {args.credit}, q {args.q}, gamma {args.gamma_amp}, WAAD window {args.window}, "
         f"FAI horizon {args.horizon}\n"
         f"GiB on each GPU, computed: {', '.join(f'{name} {size:.1f}' for name, size in gib.items() if size >= 0.05)}\n"
         "dry run: nothing was started"
+    )
+
+
+def describe_layers(config) -> str:
+    """What a configuration says about a model's layers; which have softmax attention is seen with the weights."""
+    config = config.get_text_config()
+    kinds = Counter(getattr(config, "layer_types", None) or [])
+    listed = f" ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})" if len(kinds) > 1 else ""
+    return (
+        f"{config.num_hidden_layers} layers{listed}. WAAD and FAI are taken from those with softmax attention; whether "
+        "they can be is checked before the first step, and by python -m node.check"
+    )
+
+
+def describe_attention(model, layers: list[int]) -> str:
+    """Where the credit comes from: the sampled layers, and what is special about their attention."""
+    ids = torch.tensor([[0, 1, 2]], device=next(model.parameters()).device)
+    with_softmax = softmax_layers(model, ids)
+    with torch.no_grad(), recording(model, layers) as recorded:
+        token_logprobs(model, ids, ids > 0)
+    first, config = recorded[layers[0]], model.config.get_text_config()
+    special = [f"scores capped at {first.softcap:g}"] if first.softcap else []
+    special += ["attention sinks"] if first.sinks is not None else []
+    kinds = getattr(config, "layer_types", None) or []
+    windows = [layer for layer in layers if layer < len(kinds) and "sliding" in kinds[layer]]
+    special += [f"a window of {config.sliding_window} tokens in layers {windows}"] if windows else []
+    return (
+        f"WAAD and FAI from layers {', '.join(map(str, layers))}, chosen among {len(with_softmax)} with softmax "
+        f"attention, {first.query.shape[1]} heads each" + "".join(f"; {text}" for text in special)
     )
 
 
@@ -186,7 +218,8 @@ def load(args, source: str | Path, device: torch.device):
     check_logits(model)
     if args.credit in NEED_ATTENTION:
         ids = torch.tensor([[0, 1, 2]], device=device)
-        measure_heads(model, ids, ids > 0, args.layers, args.head_quantile)
+        heads = measure_heads(model, ids, ids > 0, args.layers, args.head_quantile)
+        ranks.print_once(describe_attention(model, heads.layers))
     ranks.reshard(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()

@@ -15,7 +15,7 @@ from node import checkpoint, ranks
 from node.settings import TINY, load_model
 from rollout import TorchActor
 
-STEPS, PROMPTS = 3, 6
+TASK, STEPS, PROMPTS = "countdown-tiny", 3, 6
 
 
 class Replay:
@@ -38,7 +38,7 @@ class Replay:
 def record_rollouts(path: Path) -> None:
     """Sample rollouts of the tiny model for main() to learn from."""
     torch.manual_seed(0)
-    problems = tasks.load("countdown-tiny", "train", STEPS * PROMPTS)
+    problems = tasks.load(TASK, "train", STEPS * PROMPTS)
     actor = TorchActor(*load_model(TINY))
     groups = actor.generate([p.prompt for p in problems], n=8, max_tokens=80)
     path.write_bytes(pickle.dumps((problems, {p.prompt: g for p, g in zip(problems, groups)})))
@@ -48,7 +48,7 @@ def main(rollouts: str, out: str, train) -> None:
     """Three training steps on the rollouts. train: the module."""
     problems, sampled = pickle.loads(Path(rollouts).read_bytes())
     device = ranks.start()
-    args = train.Args(prompts=PROMPTS, group=8, minibatches=3, micro_tokens=700, credit="coupled")
+    args = train.Args(task=TASK, prompts=PROMPTS, group=8, minibatches=3, micro_tokens=700, credit="coupled")
     model = checkpoint.load_sharded(TINY, device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.0, fused=True)
     generator, heads, records = torch.Generator().manual_seed(0), None, []

@@ -62,7 +62,7 @@ class Run:
         self.began, self.stopping, self._asked_to_stop = time.perf_counter(), False, []
         folder = args.resume
         if not args.resume and ranks.rank() == 0:
-            folder = new_folder(args.out, f"{args.task}-{args.credit}")
+            folder = new_folder(args.out, f"{Path(args.task).stem}-{args.credit}")
         self.folder = Path(ranks.from_rank_0(folder))
         if ranks.rank() == 0:
             write_args(args, self.folder)  # a resumed run may have been given more steps

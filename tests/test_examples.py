@@ -43,8 +43,8 @@ def test_uniform_is_trl_to_the_bit(plain):
     assert torch.equal(ours["completion_ids"], first["completion_ids"])
     torch.testing.assert_close(ours["advantages"], first["advantages"][:, None] * ours["gamma"])
     assert [b["passes"] for b in plain.batches_seen] == [2, 2]
-    # Before the first step two for the check of the model and two for the head split; never twice for pi_old.
-    assert [b["passes"] for b in coupled.batches_seen] == [6, 2]
+    # Before the first step three for the check of the model and two for the head split; never twice for pi_old.
+    assert [b["passes"] for b in coupled.batches_seen] == [7, 2]
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(gradient_accumulation_steps=2, steps=1)])

@@ -8,6 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import metrics
 from lab import models
 from lab.kinds import kinds
+from node import prepare
 
 # kind: "exact", or a word of the sentence with which observe refuses it
 EXPECTED = {
@@ -140,3 +141,12 @@ def test_the_report_counts_verdicts_and_causes():
     assert "| exact | 1 |" in text and "| refused | 2 |" in text and "| WRONG | 0 |" in text
     assert f"| 2 | the model {refusal} |" in text
     assert "| llama | LlamaForCausalLM | exact | layers 2: sdpa |" in text
+
+
+def test_what_is_special_about_a_model_is_said():
+    said = {name: prepare.describe_attention(kinds()[name](), layers) for name, layers in
+            (("llama", [2, 3]), ("gpt_oss", [2, 3]), ("gemma2, eager", [2, 3]), ("qwen3_next", [3, 7]))}  # fmt: skip
+    assert said["llama"] == "WAAD and FAI from layers 2, 3, chosen among 8 with softmax attention, 4 heads each"
+    assert "attention sinks; a window of 24 tokens in layers [2]" in said["gpt_oss"]
+    assert "scores capped at 50" in said["gemma2, eager"] and "among 2 with softmax attention" in said["qwen3_next"]
+    assert "8 layers (6 linear_attention, 2 full_attention)." in prepare.describe_layers(kinds()["qwen3_next"]().config)

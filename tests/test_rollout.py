@@ -93,7 +93,7 @@ def test_a_trial_leaves_trainer_and_sampler_as_they_were(pair):
     model, actor, _ = pair
     actor.reload(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    problems = [Problem(prompt, "countdown-tiny", (), 0) for prompt in PROMPTS]
+    problems = [Problem(prompt) for prompt in PROMPTS]
     assert "27 of its 27 tensors" in try_reload(actor, model, problems, 16, "float32")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert find_stale_weight(actor, model, torch.Generator().manual_seed(0), 10**6) is None

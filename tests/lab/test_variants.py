@@ -57,7 +57,8 @@ def test_gamma_without_the_first_token_is_that_of_such_signals(tmp_path, monkeyp
 
     monkeypatch.setattr(credit, "assign_credit", noted)
     monkeypatch.setattr(train, "score", noted_score)
-    monkeypatch.setattr(train, "update", lambda *args, **more: {"loss": 0.0, "grad_norm": 1.0, "skipped": 0})
+    nothing = {"loss": 0.0, "clip_fraction": 0.0, "kl": 0.0, "grad_norm": 1.0, "skipped": 0}
+    monkeypatch.setattr(train, "update", lambda *args, **more: nothing)
     run("--variant", "no_first_token", "--task", "countdown-tiny", "--prompts", 8, "--out", tmp_path / "run", *SMALL)
     ((signals, scored),), ((model, input_ids, mask, rows, plain),) = given, seen
     assert 8 <= len(rows) < 64 and (rows[1:] < rows[:-1]).any(), "some groups differ, and their rows are shuffled"
