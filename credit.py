@@ -154,6 +154,17 @@ def high_entropy(entropy: Tensor, mask: Tensor, q: float = 0.4, amp: float = 1.5
     return 1 + (amp - 1) * top_q(-entropy if lowest else entropy, mask, q)
 
 
+def forking_tokens(entropy: Tensor, mask: Tensor, share: float = 0.2) -> Tensor:
+    """Comparison: learn from the most uncertain tokens only (arXiv 2506.01939): gamma 1 there, and 0 on all others.
+
+    share: of each response's tokens; that paper takes 20 % of a batch's.
+
+    >>> forking_tokens(torch.tensor([[0.0, 0.1, 0.7, 0.3]]), torch.tensor([[False, True, True, True]]), share=0.3)
+    tensor([[1., 0., 1., 0.]])
+    """
+    return torch.where(mask, top_q(entropy, mask, share).float(), 1.0)
+
+
 def random_tokens(mask: Tensor, q: float = 0.4, amp: float = 1.5, generator: torch.Generator | None = None) -> Tensor:
     """Control: amplify the same number of tokens, chosen at random."""
     noise = torch.rand(mask.shape, generator=generator, device=generator.device if generator else None)
@@ -189,7 +200,7 @@ def shift_to_produced(gamma: Tensor, mask: Tensor) -> Tensor:
 
 # ---- The choice by name ----
 
-CREDITS = ("coupled", "local", "global", "entropy", "random", "uniform", "scaled")
+CREDITS = ("coupled", "local", "global", "entropy", "forking", "random", "uniform", "scaled")
 NEED_ATTENTION = ("coupled", "local", "global", "scaled")  # the credits that are made from WAAD and FAI
 
 
@@ -236,6 +247,8 @@ def assign_credit(
             gamma = global_anchor(signals.fai, mask, q, amp, lowest)
         case "entropy":
             gamma = high_entropy(signals.entropy, mask, q, amp, lowest)
+        case "forking":
+            gamma = forking_tokens(signals.entropy, mask)
         case "random":
             gamma = random_tokens(mask, q, amp, generator)
         case "uniform":

@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ from transformers.hf_argparser import HfArg
 
 import tasks
 from node import ranks
+from node.checkpoint import list_checkpoints
 from node.output import markdown, mean_interval, write_whole
 from node.settings import TINY, fill_defaults, load_tokenizer, parse_args
 from rollout import Rollout, chat, encode, start_actor
@@ -174,6 +175,17 @@ def line(result: dict) -> str:
     return f"{result['model']}, {result['problems']} of {result['task']}: {scores} % (truncated: {cut:.1f} %)"
 
 
+def last_checkpoint(model: str) -> str:
+    """The last checkpoint, if this is the folder of a run; else the name as it is."""
+    if not (Path(model) / "args.json").is_file():
+        return model
+    found = list_checkpoints(Path(model))
+    if not found:
+        raise ValueError(f"--model {model}: this run has no checkpoint yet")
+    print(f"{model} is a run: its last checkpoint is {found[-1]}")
+    return str(found[-1])
+
+
 def plan(args: Args) -> list[tuple[dict, list[tasks.Problem]]]:
     """What to evaluate: (settings, problems) of each checkpoint and benchmark. ValueError for what cannot work."""
     for name in ("samples", "max_tokens"):
@@ -190,7 +202,7 @@ def plan(args: Args) -> list[tuple[dict, list[tasks.Problem]]]:
         if len(found) < 2:
             raise ValueError(f"--problems {len(found)} of {task}: an interval needs 2 or more")
     steps = []
-    for model in dict.fromkeys(args.model):
+    for model in args.model:
         tokenizer = load_tokenizer(model, args.max_model_len)
         for task, found in problems.items():
             encode(tokenizer, [p.prompt for p in found], args.max_tokens, args.max_model_len, chat(args))
@@ -227,6 +239,7 @@ def find(results: list[dict], settings: dict) -> dict | None:
 
 def main(args: Args) -> None:
     try:
+        args = replace(args, model=list(dict.fromkeys(map(last_checkpoint, args.model))))
         args, note = fill_defaults(args, DEFAULTS, *args.model)
         print(note)
         steps = plan(args)
@@ -240,7 +253,7 @@ def main(args: Args) -> None:
     for settings, _ in steps:
         if find(results, settings):
             print(f"already in {out}: {settings['model']}, {settings['task']}")
-    for model in dict.fromkeys(args.model):
+    for model in args.model:
         todo = [(settings, p) for settings, p in steps if settings["model"] == model and not find(results, settings)]
         if not todo:
             continue

@@ -78,12 +78,15 @@ def clipped_loss(
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
     responses: int | None = None,
+    tokens: int | None = None,
 ) -> Tensor:
     """Eq. 12-13, negated: the mean over responses of the mean over each one's tokens of the clipped objective.
 
     All [B,N]. advantages are already shaped: advantage * gamma_t. Gradient flows through logprobs alone.
     epsilon_high: the upper clip range, if different from epsilon ("clip-higher", DAPO).
     responses: the number to divide by, if this is one part of a larger batch (default: B).
+    tokens: the number of the batch's response tokens, to take the mean over all of them instead ("token-level loss",
+    DAPO); then long responses weigh more.
     A response without tokens contributes 0. Returns a scalar.
     """
     if epsilon_high is None:
@@ -91,6 +94,8 @@ def clipped_loss(
     ratio = probability_ratio(logprobs, old_logprobs, mask)  # [B,N]
     clipped_ratio = ratio.clamp(1 - epsilon, 1 + epsilon_high)
     objective = torch.min(ratio * advantages, clipped_ratio * advantages)
+    if tokens is not None:
+        return -torch.where(mask, objective, 0.0).sum() / tokens
     per_response = torch.where(mask, objective, 0.0).sum(1) / mask.sum(1).clamp(min=1)  # [B]
     return -per_response.sum() / (len(mask) if responses is None else responses)
 
@@ -302,6 +307,7 @@ def update(
     micro_tokens: int = 2048,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
+    token_level: bool = False,
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, float]:
@@ -309,6 +315,8 @@ def update(
 
     input_ids, mask, old_logprobs, advantages: [B,N]; advantages are shaped. minibatches: row numbers, on the same
     device.
+
+    token_level: the mean over a minibatch's tokens in place of the mean over its responses (clipped_loss).
 
     A row whose advantages are all 0 has gradient 0. Such rows are not computed, but they count in the mean, so the
     result is exact. A minibatch of only such rows changes nothing. Gradients are clipped to norm 1. A step whose
@@ -345,6 +353,7 @@ def update(
                 epsilon=epsilon,
                 epsilon_high=epsilon_high,
                 responses=len(minibatch),
+                tokens=int(mask[minibatch].sum()) if token_level else None,
             )
             loss = loss * counts  # a repeated pass has weight 0
             (loss * world).backward()  # FSDP2 averages over the ranks, but the loss is a sum over their passes

@@ -159,6 +159,14 @@ class Args:
         help="Truncated importance sampling: weigh tokens by trainer over sampler probability, up to this cap "
         "(default: no weights).",
     )
+    loss: Literal["response", "token"] = HfArg(
+        default="response",
+        help="Mean over responses of each one's mean (the paper), or over a minibatch's tokens (DAPO).",
+    )
+    mask_truncated: bool = HfArg(
+        default=False,
+        help="Responses that were cut off at --max_tokens get advantage 0, so nothing is learned from them.",
+    )
     dynamic: bool = HfArg(
         default=False, help=f"Draw up to {DYNAMIC_BATCHES} batches until --prompts groups have unequal rewards."
     )
@@ -296,6 +304,8 @@ def train_step(
 
     # 3. Advantages inside each group (Eq. 6). Rows with advantage 0 have gradient 0, so they are not scored.
     advantages = group_advantages(batch.rewards).flatten().to(device)  # [B]
+    if args.mask_truncated:
+        advantages[torch.tensor([response.truncated for response in rollouts])] = 0
     rows = rows_to_score(advantages, order, at_least=args.group)
     is_scored = torch.zeros_like(mask)
     is_scored[rows] = mask[rows]  # [B,N], the response tokens that get signals; the others have advantage 0
@@ -327,7 +337,7 @@ def train_step(
             model, optimizer, input_ids, mask, old_logprobs=signals.logprobs, advantages=token_advantages,
             minibatches=order.tensor_split(min(args.minibatches, len(order))),  # --dynamic may have found few groups
             micro_tokens=args.micro_tokens, epsilon=args.epsilon, epsilon_high=args.epsilon_high,
-            rank=ranks.rank(), world=ranks.world_size(),
+            token_level=args.loss == "token", rank=ranks.rank(), world=ranks.world_size(),
         )  # fmt: skip
         for name in ("loss", "clip_fraction", "kl"):  # each rank has its share of the sum
             stats[name] = ranks.all_reduce_sum(torch.tensor(stats[name])).item()

@@ -133,7 +133,7 @@ def hold_out(problems: list[tasks.Problem], most: int) -> tuple[list[tasks.Probl
 
     >>> train, test = hold_out([tasks.Problem(f"{i} + 1 =") for i in range(16)], most=512)
     >>> len(train), [problem.prompt for problem in test]
-    (14, ['6 + 1 =', '10 + 1 ='])
+    (14, ['7 + 1 =', '15 + 1 ='])
     """
     by_hash = sorted(problems, key=lambda problem: zlib.crc32(problem.prompt.encode()))
     chosen = {problem.prompt for problem in by_hash[: min(most, max(2, len(problems) // 8))]}

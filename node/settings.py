@@ -2,12 +2,16 @@
 
 import argparse
 import os
+import sys
 from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 
-TINY = "assets/tiny"  # the tiny model, which comes with the code
+# The tiny model, which comes with the code: found from any folder.
+TINY = "assets/tiny" if os.path.isdir("assets/tiny") else str(Path(__file__).parents[1] / "assets" / "tiny")
 TINY_SHAPE = {"vocab_size": 30, "hidden_size": 96, "num_hidden_layers": 12}
 
 
@@ -43,9 +47,38 @@ def check_length(name: str, config, tokens: int, argument: str) -> None:
 
 
 def load_tokenizer(name: str, max_model_len: int):
-    """The tokenizer of a folder or hub name; ValueError if there is no model or it reads too little."""
-    check_length(name, load_config(name), max_model_len, f"--max_model_len {max_model_len}")
-    return AutoTokenizer.from_pretrained(name)
+    """The tokenizer of a folder or hub name. ValueError, in one line, if it does not fit the model, or the model reads
+    too little."""
+    config = load_config(name)
+    check_length(name, config, max_model_len, f"--max_model_len {max_model_len}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as e:  # transformers' own, and those of the libraries below it
+        raise ValueError(f"cannot load a tokenizer from {name!r}: {(str(e).strip() or repr(e)).splitlines()[0]}") from e
+    vocabulary = config.get_text_config().vocab_size
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(f"there is no tokenizer in {name!r}: copy its files (tokenizer.json, ...) into the folder")
+    if len(tokenizer) > vocabulary:
+        raise ValueError(
+            f"the tokenizer of {name!r} has {len(tokenizer)} tokens and the model's embedding {vocabulary}: they do "
+            "not belong together"
+        )
+    if not end_tokens(name, config, tokenizer):
+        raise ValueError(
+            f"{name!r} has no end-of-text token, neither in its tokenizer nor in generation_config.json, so no "
+            "response would end: set eos_token_id there"
+        )
+    return tokenizer
+
+
+def end_tokens(name: str, config, tokenizer) -> set[int]:
+    """The tokens that end a text, as the tokenizer, the model's configuration and its generation configuration say."""
+    ends = [tokenizer.eos_token_id, config.get_text_config().eos_token_id]
+    try:
+        ends.append(GenerationConfig.from_pretrained(name).eos_token_id)
+    except OSError:  # a model need not have one
+        pass
+    return {end for each in ends for end in (each if isinstance(each, list) else [each]) if end is not None}
 
 
 def is_tiny(name: str) -> bool:
@@ -89,5 +122,10 @@ def parse_args(*arguments: type):
     parser = HfArgumentParser(
         arguments, description=arguments[0].__doc__, usage="%(prog)s [options]", formatter_class=HelpFormatter
     )
-    parsed = parser.parse_args_into_dataclasses()
-    return parsed[0] if len(arguments) == 1 else parsed
+    *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        near = get_close_matches(unknown[0], options, n=1)
+        hint = f": did you mean {near[0]}?" if near else " (--help lists all options)"
+        sys.exit(f"error: unknown argument {unknown[0]}{hint}")
+    return parsed[0] if len(arguments) == 1 else tuple(parsed)

@@ -13,6 +13,7 @@ from peft import LoraConfig, PromptTuningConfig
 
 import credit
 from examples import trl_rhythm
+from grpo import clipped_loss
 from metrics import Signals
 from node import settings
 from tests.small_trl import TRL, GRPOTrainer, Rhythm, eager_gammas, scored, trained, trainer, weights
@@ -115,6 +116,25 @@ def test_every_loss_takes_an_advantage_for_each_token():
             losses.append(GRPOTrainer._compute_loss(made, made.model, {**inputs, "advantages": advantages}).item())
         assert losses[0] == pytest.approx(losses[1], rel=1e-5), loss_type
         assert losses[0] != pytest.approx(losses[2], rel=1e-3), loss_type
+
+
+def test_the_token_level_loss_is_trls_dapo_and_the_other_its_grpo():
+    made = trained(steps=1)
+    inputs = dict(made.inputs_seen[0])
+    mask, t = inputs["completion_mask"].bool(), inputs["completion_ids"].shape[1]
+    inputs["num_items_in_batch"] = mask.sum()
+    made.model.eval()
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    real = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    with torch.no_grad():
+        new, *_ = made._get_per_token_logps_and_entropies(made.model, ids, real, t)
+        old = new - 0.3 * torch.randn(new.shape, generator=torch.Generator().manual_seed(0))
+        inputs["old_per_token_logps"] = old
+        for loss_type, tokens in (("dapo", int(mask.sum())), ("grpo", None)):
+            made.loss_type = loss_type
+            theirs = GRPOTrainer._compute_loss(made, made.model, inputs).item()
+            ours = clipped_loss(new, old, inputs["advantages"], mask, tokens=tokens).item()
+            assert abs(theirs) > 1e-3 and ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_evaluation_is_trls_own():

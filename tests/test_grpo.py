@@ -84,6 +84,17 @@ def test_parts_of_a_batch_add_up_and_zero_rows_may_be_left_out():
     torch.testing.assert_close(added, whole)
 
 
+def test_the_token_level_loss_is_the_mean_over_all_tokens():
+    new, old, shaped, mask = random_batch()
+    ratio = (new - old).exp()
+    objective = torch.min(ratio * shaped, ratio.clamp(0.8, 1.2) * shaped)
+    whole = grpo.clipped_loss(new, old, shaped, mask, tokens=int(mask.sum()))
+    torch.testing.assert_close(whole, -objective[mask].mean())
+    parts = [[0, 1], [3, 4], [5, 2]]
+    added = sum(grpo.clipped_loss(new[p], old[p], shaped[p], mask[p], tokens=int(mask.sum())) for p in parts)
+    torch.testing.assert_close(added, whole)
+
+
 def test_sign():
     a, gamma = torch.tensor([1.0, -1.0]), torch.tensor([[2.0], [2.0]])
     shaped = {

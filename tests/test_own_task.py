@@ -2,6 +2,11 @@
 
 import json
 import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -217,3 +222,55 @@ def test_stop():
         sampler.close()
     assert tasks.stops("gsm8k", None, chat=False) == ["\n\nQuestion:"] and tasks.stops("gsm8k", None, chat=True) == []
     assert tasks.stops("gsm8k", ["x"], chat=True) == ["x"] and tasks.stops("countdown", None, chat=False) == []
+
+
+# ---- Models and arguments that do not fit ----
+
+
+def broken_copy(folder, **config):
+    shutil.copytree("assets/tiny", folder)
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(found | {k: v for k, v in config.items() if k in found}))
+    return folder
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
+    folder = broken_copy(tmp_path / "none")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="tokenizer") as e:
+        settings.load_tokenizer(str(folder), 512)
+    assert "\n" not in str(e.value) and "none" in str(e.value)
+    folder = broken_copy(tmp_path / "small", vocab_size=20)
+    with pytest.raises(ValueError, match="has 30 tokens and the model's embedding 20"):
+        settings.load_tokenizer(str(folder), 512)
+    folder = broken_copy(tmp_path / "endless", eos_token_id=None)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer.pop("eos_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        settings.load_tokenizer(str(folder), 512)
+
+
+def test_an_unknown_argument_is_said_in_one_line_with_the_nearest_name(monkeypatch):
+    for unknown, message in (("--lrr", "unknown argument --lrr: did you mean --lr?"), ("countdown", "--help lists")):
+        monkeypatch.setattr(sys, "argv", ["train.py", unknown, "1"])
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            settings.parse_args(train.Args)
+
+
+def test_a_run_is_evaluated_by_its_last_checkpoint(tmp_path, capsys):
+    (tmp_path / "args.json").write_text("{}")
+    with pytest.raises(ValueError, match="this run has no checkpoint yet"):
+        evaluation.last_checkpoint(str(tmp_path))
+    for step in (20, 100, 40):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert evaluation.last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-100")
+    assert evaluation.last_checkpoint("assets/tiny") == "assets/tiny"
+
+
+def test_the_tiny_model_is_found_from_any_folder(tmp_path):
+    code = "from node.settings import TINY, is_tiny; assert is_tiny(TINY)"
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, check=True)

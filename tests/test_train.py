@@ -147,6 +147,15 @@ def test_a_step_hands_update_the_advantages_of_its_own_rows(sampled, monkeypatch
     assert sorted(torch.cat(parts).tolist()) == list(range(32))
 
 
+def test_nothing_is_learned_from_truncated_responses_if_they_are_masked(sampled, monkeypatch):
+    problems, groups = sampled
+    cut = {prompt: [r._replace(truncated=i % 2 == 0) for i, r in enumerate(group)] for prompt, group in groups.items()}
+    both = [given((problems, cut), monkeypatch, mask_truncated=on, loss="token") for on in (False, True)]
+    plain, masked = (seen["advantages"] * seen["mask"] for seen in both)
+    assert (plain[::2] != 0).any() and (masked[::2] == 0).all() and torch.equal(masked[1::2] != 0, plain[1::2] != 0)
+    assert both[0]["token_level"] is True
+
+
 def test_importance_weights_are_trainer_over_sampler_up_to_the_cap(sampled, monkeypatch):
     """A sampler whose log-probs are off by known factors; pi_old is the trainer's all the same."""
     shift = [math.log(x) for x in (0.5, 1.5, 4.0)]
@@ -213,7 +222,9 @@ def test_every_credit_trains_and_differs_from_uniform_as_it_should(name, sampled
     assert record["equal_groups"] > 0 and record["unequal_groups"] > 2 and record["grad_norm"] > 0.01
     assert (heads is None) == (name not in credit.NEED_ATTENTION)
     expected = {"uniform": 1.0, "random": 1.2, "entropy": 1.2, "local": 1.2, "global": 1.2}
-    if name in expected:  # 40 % of the tokens, rounded up, at 1.5
+    if name == "forking":  # 20 % of the tokens, rounded up, at 1, and the others at 0
+        assert record["gamma"] == pytest.approx(0.2, abs=0.02)
+    elif name in expected:  # 40 % of the tokens, rounded up, at 1.5
         assert record["gamma"] == pytest.approx(expected[name], abs=0.01)
     else:
         assert 1.0 < record["gamma"] < 1.5 or name not in ("coupled", "scaled")
