@@ -246,6 +246,7 @@ def _recording_function(recorded: dict, every_layer: bool, sdpa: Callable | None
         if not is_chosen and sdpa:
             return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
+        # Attention of which token t has no single row that sums over the tokens up to t.
         layer = f"layer {number} ({type(module).__name__})"
         is_causal = kwargs.get("is_causal")
         if attention_mask is None and not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
@@ -255,6 +256,7 @@ def _recording_function(recorded: dict, every_layer: bool, sdpa: Callable | None
         if is_chosen and recorded.get(number) is not None:
             raise ValueError(f"{layer} attends twice in one pass, so a token has no single row of A. {NO_CREDIT}")
 
+        # Attend, with all that changes the scores, and keep what metrics.py computes the map's entries from.
         query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation makes these two float32
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if kwargs.get("position_bias") is not None:

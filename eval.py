@@ -206,8 +206,9 @@ def plan(args: Args) -> list[tuple[dict, list[tasks.Problem]]]:
         tokenizer = load_tokenizer(model, args.max_model_len)
         for task, found in problems.items():
             encode(tokenizer, [p.prompt for p in found], args.max_tokens, args.max_model_len, chat(args))
-            given = {x: getattr(args, x) for x in ("temperature", "max_tokens", "seed", "data")}
-            given |= {"chat": chat(args), "stop": tasks.stops(task, args.stop, args.chat)}
+            names = ("temperature", "max_tokens", "seed", "data", "chat", "system", "thinking")
+            given = {name: getattr(args, name) for name in names}
+            given["stop"] = tasks.stops(task, args.stop, args.chat)
             k = args.samples or tasks.samples(task)
             steps.append(({"model": model, "task": task, "problems": len(found), "k": k, **given}, found))
     return steps
@@ -229,7 +230,7 @@ def read(out: Path) -> list[dict]:
 def write(out: Path, args: Args, results: list[dict]) -> None:
     """Write all results so far."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, json.dumps({"args": asdict(args), "results": results}, indent=1))
+    write_whole(out, json.dumps({"args": asdict(args), "results": results}, indent=1, default=str))
 
 
 def find(results: list[dict], settings: dict) -> dict | None:
@@ -238,6 +239,7 @@ def find(results: list[dict], settings: dict) -> dict | None:
 
 
 def main(args: Args) -> None:
+    # Check everything that can be wrong before anything long starts.
     try:
         args = replace(args, model=list(dict.fromkeys(map(last_checkpoint, args.model))))
         args, note = fill_defaults(args, DEFAULTS, *args.model)
@@ -250,6 +252,7 @@ def main(args: Args) -> None:
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 
+    # One engine for each checkpoint that has something left to be evaluated. Results are written one by one.
     for settings, _ in steps:
         if find(results, settings):
             print(f"already in {out}: {settings['model']}, {settings['task']}")
@@ -272,6 +275,7 @@ def main(args: Args) -> None:
                     write(out, args, results)
                 print(line(results[-1]), flush=True)
 
+    # The table of what was asked for, new or found in the file.
     wanted = [find(results, settings) for settings, _ in steps]
     print("\n" + table(wanted))
     if out:

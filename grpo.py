@@ -244,7 +244,7 @@ def check_logits(model) -> None:
     with torch.no_grad():
         try:
             ours = token_logprobs(model, ids, ids > 0)[0][:, 1:]
-        except Exception as e:  # its forward may need anything
+        except Exception as e:  # any: what the model's own forward misses, it misses in its own way
             raise ValueError(
                 f"{name}: no logits from its decoder's last hidden states ({type(e).__name__}: {e})"
             ) from e
@@ -334,9 +334,11 @@ def update(
     The tokens are those of the rows that are computed, each measured in its own pass, so before its own gradient step.
     In the first minibatch all ratios are 1 up to rounding. Without any such row, clip_fraction and kl are 0.
     """
+    # Sums over the minibatches.
     losses, norms, skipped = [], [], 0
     clipped, kl, tokens = 0.0, 0.0, 0  # clipped, kl: sums over this rank's tokens; tokens: the number on all ranks
     for minibatch in minibatches:
+        # Forward and backward: gradients add up over the passes of the minibatch.
         has_gradient = (advantages[minibatch] * mask[minibatch]).any(1)
         tokens += mask[minibatch[has_gradient]].sum().item()
         passes = micro_batches(mask, minibatch[has_gradient], micro_tokens)
@@ -362,6 +364,7 @@ def update(
                 new = logprobs.detach()
                 clipped += find_clipped(new, old, token_advantages, response, epsilon, epsilon_high).sum().item()
                 kl += estimate_kl(new, old, response).sum().item()
+        # One gradient step.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
         losses.append(loss_sum)

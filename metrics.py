@@ -193,6 +193,7 @@ def softmax_layers(model, input_ids: Tensor, score: Callable = token_logprobs) -
     if score is token_logprobs:
         check_logits(model)
 
+    # Three passes over the start of the first row: over half of it, over all of it, and over all of it recorded.
     ids = input_ids[:1, :64]
     mask = (torch.arange(ids.shape[1], device=ids.device) > 0)[None]
     half = ids.shape[1] // 2 + 1
@@ -202,6 +203,7 @@ def softmax_layers(model, input_ids: Tensor, score: Callable = token_logprobs) -
         with recording(model) as recorded:
             logprobs, entropy = score(model, ids, mask, entropy=True)
 
+    # Compare them.
     exact = all(layer.query.dtype == torch.float32 for layer in recorded.values())
     tolerance = 1e-2 if exact else 0.3  # two ways to compute a log-prob differ by so much in bfloat16
     if (own_entropy[:, :half] - half_entropy).abs().max() > tolerance:
@@ -212,6 +214,8 @@ def softmax_layers(model, input_ids: Tensor, score: Callable = token_logprobs) -
             f"{name} does something in its attention that attention.recording does not know: log-probs differ by "
             f"{apart:.2g} with it. Only --credit uniform is possible"
         )
+
+    # The recorded rows, whole: the passes are short enough for full maps.
     for number, layer in recorded.items():
         every_head = torch.arange(layer.query.shape[1], device=ids.device)
         wrong = (attention_maps(layer).sum(-1) - row_sums(layer, every_head)).abs().max()

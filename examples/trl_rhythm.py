@@ -125,6 +125,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
             size = self.args.per_device_train_batch_size
             return zip(*(x[:rows].split(size) for x in (input_ids, mask, attention_mask)))
 
+        # The head split, measured on the first rows of every process together.
         if self.heads is None or self.batches % self.heads_every == 0:
             spans, tokens = 0.0, 0
             for ids, response, attention in passes(SPAN_ROWS):
@@ -137,6 +138,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
             self.heads = Heads(measured.layers, spans, *split_heads(spans)) if spans.isfinite().all() else None
         self.batches += 1
 
+        # Log-probs, entropy, WAAD and FAI.
         parts = []
         for ids, response, attention in passes(len(input_ids)):
             seen = observe(
@@ -184,6 +186,7 @@ def main(args: Args) -> None:
     from node.settings import TINY, load_model
     from rollout import TorchActor
 
+    # The tiny model, its problems and its reward.
     start = time.perf_counter()
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(TINY)
@@ -194,6 +197,7 @@ def main(args: Args) -> None:
     def reward(prompts, completions, **_) -> list[float]:
         return [tasks.get("countdown-tiny").reward(problems[p], text) for p, text in zip(prompts, completions)]
 
+    # TRL's trainer, with the settings of train.py.
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(), max_steps=MINIBATCHES * args.batches, steps_per_generation=MINIBATCHES,
         per_device_train_batch_size=PROMPTS * GROUP // MINIBATCHES, num_generations=GROUP, loss_type="grpo",

@@ -184,7 +184,6 @@ def main(args: Args) -> None:
                 1,
                 args.max_tokens,
                 args.temperature,
-                tasks.stops(args.task, None, args.chat),
             )
             truth.write_rollouts(folder, [r for (r,) in groups], verdicts.flatten().tolist())
         rollouts, rewards = truth.read_rollouts(folder)

@@ -326,7 +326,7 @@ def judge(model: PreTrainedModel, batch: Batch, own: Run) -> tuple[str, str]:
             by_horizon[horizon] = metrics.observe(model, batch.ids, batch.mask, first.heads, horizon=horizon)
     except TimeoutError:
         raise
-    except Exception as e:
+    except Exception as e:  # what observe raises is the verdict
         return ("refused", one_line(e)) if is_refusal(e) else ("crash", f"{type(e).__name__}: {one_line(e)}")
 
     # 1. The model's own logits, and whether it is causal at all.
@@ -360,7 +360,7 @@ def find_references(
     # Eager maps say nothing if the eager model computes something else than the model as it is used.
     try:
         eager = own if implementation == "eager" else run_rows(eager_copy(model), batch)
-    except Exception as e:
+    except Exception as e:  # some classes have no eager attention; the note says so
         notes.append(f"no eager model: {type(e).__name__}: {one_line(e)}")
     else:
         apart = max(largest(a - b) for a, b in zip(eager.logits, own.logits))
@@ -426,7 +426,7 @@ def try_kind(name: str, build_model: Callable[[], PreTrainedModel], seconds: int
                 own = run_rows(model, batch)
             except TimeoutError:
                 raise
-            except Exception as e:
+            except Exception as e:  # transformers' own failure is no verdict on observe
                 return Verdict(name, model_class, "not built", f"{type(e).__name__}: {one_line(e)}")
             if not all(row.isfinite().all() for row in own.logits):
                 return Verdict(name, model_class, "not built", "its logits are not finite")

@@ -119,6 +119,7 @@ def signals(args: Args) -> str:
     device, dtype = device_and_dtype()
     worst = {"WAAD": 0.0, "FAI": 0.0, "span": 0.0}
     for kind, config in KINDS.items():
+        # A small random model and a batch.
         set_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval()
         for name, p in model.named_parameters():
@@ -127,6 +128,7 @@ def signals(args: Args) -> str:
         model = model.to(device, dtype)
         ids = torch.randint(0, 64, (2, 200), device=device)
         mask = (torch.arange(200, device=device) >= 8) & (torch.arange(200, device=device) < 190).expand(2, -1)
+        # Without maps, and by the definitions on full maps of the same queries and keys.
         got = metrics.observe(model, ids, mask)
         maps = full_maps(model, ids, got.heads.layers)
         spans = torch.stack([heads.head_spans(m, mask) for m in maps])
@@ -146,6 +148,7 @@ def signals(args: Args) -> str:
                 f"{kind}: {name} differs from full maps by {worst[name]:.2g} (limit {limit:g}). The fused attention of "
                 "this torch returns another log-sum-exp: use the pinned torch, or --credit uniform",
             )
+        # Are the queries and keys right? In float32, against transformers' eager maps.
         model = model.float()  # in bfloat16 two passes that round differently drift apart from layer to layer
         maps = full_maps(model, ids, got.heads.layers)
         model.set_attn_implementation("eager")
@@ -373,6 +376,7 @@ def kill_and_resume(args: Args) -> str:
 
 def memory_formula(args: Args) -> str:
     """Compare the memory of a training pass with the formula of node/memory.py."""
+    # What the formula says of a model that fits anywhere.
     device, _ = device_and_dtype()
     on_gpu = device.type == "cuda"
     shape = Qwen3Config(
@@ -385,6 +389,7 @@ def memory_formula(args: Args) -> str:
     gib = memory.estimate(shape, 1, tokens, dtype_bytes=2 if on_gpu else 4)
     if on_gpu:
         torch.cuda.empty_cache()
+    # Two steps of that model.
     before = torch.cuda.memory_allocated() if on_gpu else 0
     ranks.start()
     model = ranks.shard(AutoModelForCausalLM.from_config(shape, dtype=torch.float32), device)
@@ -398,6 +403,7 @@ def memory_formula(args: Args) -> str:
         gradients = [p.grad for p in model.parameters()]
         optimizer.step()
         optimizer.zero_grad()
+    # On a GPU the peak is measured; on a CPU only the sizes of what stays are known.
     if on_gpu:
         measured, expected = (torch.cuda.max_memory_allocated() - before) / memory.GIB, gib["train"]
         tolerance = 0.15

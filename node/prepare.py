@@ -51,6 +51,7 @@ def check_args(args) -> None:
                 limits = f"{low} or more" if high == math.inf else f"from {low} to {high}"
                 raise ValueError(f"--{name} {value}: must be {limits}")
 
+    # Numbers, each by itself.
     if args.group < 2:
         raise ValueError(
             f"--group {args.group}: an advantage compares responses to one problem, so it needs two or more"
@@ -62,6 +63,7 @@ def check_args(args) -> None:
     must_lie(0.01, 0.5, "head_quantile")
     must_lie(0, 2**31 - 1, "seed")
     must_lie(2, math.inf, "eval_problems")  # an interval needs two
+    # Numbers that depend on others.
     rollouts = args.prompts * args.group
     if not 1 <= args.minibatches <= rollouts:
         raise ValueError(f"--minibatches {args.minibatches}: from 1 to the {rollouts} rollouts of a batch")
@@ -93,6 +95,7 @@ def load_problems(args, tokenizer) -> tuple[list[tasks.Problem], list[tasks.Prob
         raise ValueError(
             f"--data and --eval_data are the same file, {args.data}: leave --eval_data away to hold out a part"
         )
+    # Held-out problems come from --data itself, or from the held-out task. Either way none of them is trained on.
     train_set = tasks.load(args.task, "train", seed=args.seed, data=args.data)
     if args.data and not args.eval_data and eval_task == args.task:
         train_set, test_set = hold_out(train_set, args.eval_problems or HELD_OUT)
@@ -108,6 +111,7 @@ def load_problems(args, tokenizer) -> tuple[list[tasks.Problem], list[tasks.Prob
             ranks.print_once(f"{both} training problems are also held out: they are not trained on")
             train_set = [problem for problem in train_set if problem.prompt not in held_out]
 
+    # Leave out what does not fit.
     def short(problems: list[tasks.Problem], source: str, kind: str, needed: int) -> list[tasks.Problem]:
         lengths = map(len, tokenize(tokenizer, [p.prompt for p in problems], chat(args)) if problems else [])
         fitting = [p for p, n in zip(problems, lengths) if 0 < n and n + args.max_tokens <= args.max_model_len]
@@ -190,7 +194,7 @@ def describe_layers(config) -> str:
 
 def describe_attention(model, layers: list[int]) -> str:
     """Where the credit comes from: the sampled layers, and what is special about their attention."""
-    ids = torch.tensor([[0, 1, 2]], device=next(model.parameters()).device)
+    ids = _some_tokens(model)
     with_softmax = softmax_layers(model, ids)
     with torch.no_grad(), recording(model, layers) as recorded:
         token_logprobs(model, ids, ids > 0)
@@ -206,6 +210,12 @@ def describe_attention(model, layers: list[int]) -> str:
     )
 
 
+def _some_tokens(model) -> torch.Tensor:
+    """A row of 32 tokens, to try the model on. [1,32]"""
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.arange(32, device=next(model.parameters()).device)[None] % vocabulary
+
+
 def load(args, source: str | Path, device: torch.device):
     """Model (float32, on the device, sharded), tokenizer, training and held-out problems.
 
@@ -215,11 +225,12 @@ def load(args, source: str | Path, device: torch.device):
     tokenizer = load_tokenizer(str(source), args.max_model_len)
     train_set, test_set = load_problems(args, tokenizer)
     model = load_sharded(str(source), device, args.dtype)
-    check_logits(model)
-    if args.credit in NEED_ATTENTION:
-        ids = torch.tensor([[0, 1, 2]], device=device)
+    if args.credit in NEED_ATTENTION:  # measuring the heads also checks all that the credit relies on
+        ids = _some_tokens(model)
         heads = measure_heads(model, ids, ids > 0, args.layers, args.head_quantile)
         ranks.print_once(describe_attention(model, heads.layers))
+    else:
+        check_logits(model)
     ranks.reshard(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()

@@ -131,13 +131,15 @@ class Run:
         return max(GAP_FACTOR * sum(first) / len(first), LEAST_LIMIT)
 
     def _stop_if_broken(self, record: dict) -> None:
-        gap = record["gap_mean"]
+        # The reward. If it raises now and then, the run goes on.
         if record["reward_errors"]:
             text = f"{record['reward_errors']} rewards raised and count as 0. The first: {record['first_reward_error']}"
             if record["reward_errors"] == record["problems"] * self.args.group:
                 self.save()
                 ranks.exit_with_error(f"step {self.step}: all {text}. The run is saved in {self.folder}")
             self.say(f"step {self.step}: {text}")
+        # The sampler: its weights, and its log-probabilities.
+        gap = record["gap_mean"]
         if record["stale_weight"]:
             self.save()
             ranks.exit_with_error(
@@ -152,6 +154,7 @@ class Run:
                 "more than rounding can explain. Its weights were not reloaded (or, if the difference is not a number, "
                 f"the update diverged: lower --lr). See {self.log.path}"
             )
+        # The update.
         if self.skips == SKIP_LIMIT:
             ranks.exit_with_error(
                 f"step {self.step}: gradients were not finite in {self.skips} steps in a row. These updates were "

@@ -49,6 +49,7 @@ def try_reload(sampler, model, problems: list[Problem], max_tokens: int, dtype: 
             )
         return gap
 
+    # As started; then with changed weights; then back to the weights from before.
     gap = check_gap("before the first step")
     with _changed_weights(model):
         try:

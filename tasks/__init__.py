@@ -10,7 +10,7 @@ import multiprocessing
 import random
 import sys
 import traceback
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def get(name: str) -> Task:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
+    except Exception as e:  # whatever the user's file raises
         raise ValueError(f"--task {name} cannot be imported: {_where(e, path)}") from e
     for function in ("load(split, data=None)", "reward(problem, text)"):
         if not callable(getattr(module, function.partition("(")[0], None)):
@@ -75,7 +75,7 @@ def _load_from_file(name: str, task: Task, split: str, data: str | None) -> list
     call = f"--task {name}: load({split!r}, {data!r})"
     try:
         found = list(task.load(split, data))
-    except Exception as e:
+    except Exception as e:  # whatever the user's file raises
         raise ValueError(f"{call} raised {_where(e, Path(name).resolve())}") from e
     for i, problem in enumerate(found):
         if not isinstance(getattr(problem, "prompt", None), str):
@@ -117,16 +117,23 @@ def judge(
         judged = [_judge_one(name, *pair) for pair in pairs]
     else:
         jobs = [_pool(processes).submit(_judge_one, name, *pair) for pair in pairs]
-        judged = [job.result() for job in jobs]
+        judged = [_result_of(job) for job in jobs]
     rewards, errors = iter([reward for reward, _ in judged]), [error for _, error in judged if error]
     return [[next(rewards) for _ in responses] for responses in texts], errors
+
+
+def _result_of(job: Future) -> tuple[float, str | None]:
+    try:
+        return job.result()
+    except Exception as e:  # a process died of a response, or a problem cannot be sent to one
+        return 0.0, f"a judging process failed: {_where(e, Path())}"
 
 
 def _judge_one(name: str, problem: Problem, text: str) -> tuple[float, str | None]:
     task = get(name)
     try:
         reward = float(task.reward(problem, text))
-    except Exception as e:
+    except Exception as e:  # whatever the user's file raises: it is counted, and the first one is printed
         where = _where(e, Path(name).resolve())
         return 0.0, f"reward raised {where}, for the response {text[:60]!r} to the prompt {problem.prompt[-60:]!r}"
     if not math.isfinite(reward):

@@ -118,6 +118,7 @@ def problems(benchmark: Benchmark, split: str, data: str | None = None) -> list[
     A local file is the split that is asked for, except where a hash tells the splits apart. Raises ValueError, in one
     line, when the file or the hub cannot be read, lacks a column, or holds no problem.
     """
+    # Read the rows, and check that every column is there.
     where = data or f"dataset {benchmark.hub}"
     rows = read_file(data) if data else list(_hub(benchmark, benchmark.splits[split]))
     missing = [c for c in columns(benchmark) if not any(_get(row, c) is not None for row in rows)]
@@ -126,6 +127,7 @@ def problems(benchmark: Benchmark, split: str, data: str | None = None) -> list[
             f"{where} has columns {_quoted(dict.fromkeys(c for row in rows for c in row))}, needs {_quoted(missing)}: "
             f"pass a local file with columns {_quoted(columns(benchmark))}"
         )
+    # Make a problem of each row, or count why it is left out.
     found, left_out = {}, Counter()
     for row in rows:
         question, answer = _get(row, benchmark.question), benchmark.read_answer(_get(row, benchmark.answer))
@@ -146,6 +148,7 @@ def problems(benchmark: Benchmark, split: str, data: str | None = None) -> list[
         prompt = f"{system}\n\n{context}Question: {question}\n\nAnswer:"
         left_out["that repeat a question"] += prompt in found
         found.setdefault(prompt, answer)
+    # Say what came out.
     if not found:
         raise ValueError(f"{where} holds no {split} problem with an answer to verify")
     if left_out.total():

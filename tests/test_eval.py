@@ -160,7 +160,7 @@ def test_without_out_nothing_is_written(capsys, tmp_path, monkeypatch):
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 
 
-def test_chat_uses_the_template_and_plain_text_does_not(tmp_path, monkeypatch):
+def test_chat_uses_the_template_and_plain_text_does_not(tmp_path, monkeypatch, capsys):
     model, tokenizer = settings.load_model("assets/tiny")
     tokenizer.chat_template = TEMPLATE
     assert rollout.tokenize(tokenizer, ["1 2", "3"], rollout.Chat()) == tokenizer(["1 2>", "3>"]).input_ids
@@ -178,6 +178,9 @@ def test_chat_uses_the_template_and_plain_text_does_not(tmp_path, monkeypatch):
     run("--model", tmp_path / "model", "--chat")
     run("--model", tmp_path / "model")
     assert seen == [first + ">"] * 2 + [first] * 2
+    for _ in range(2):
+        run("--model", tmp_path / "model", "--chat", "--problems", 2, "--max_tokens", 4, "--out", tmp_path / "x.json")
+    assert "already in" in capsys.readouterr().out, "what was evaluated with --chat is found again"
 
 
 @pytest.mark.parametrize(

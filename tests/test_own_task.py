@@ -108,6 +108,13 @@ def test_several_processes_judge_as_one_does():
     assert tasks.judge("countdown", problems, texts, processes=2) == ([[1.0, 0.0], [1.0, 0.0]], [])
 
 
+def test_a_judging_process_that_dies_counts_as_0(tmp_path):
+    text = "import os\ndef load(s, d=None): return []\ndef reward(p, text): os._exit(1)"
+    rewards, errors = tasks.judge(write(tmp_path / "my.py", text), [tasks.Problem("1")], [["a", "b"]], processes=2)
+    tasks._pool.cache_clear()
+    assert rewards == [[0.0, 0.0]] and "a judging process failed: BrokenProcessPool" in errors[0]
+
+
 SHORT = dict(engine="torch", prompts=2, group=4, minibatches=2, max_tokens=24, eval_problems=4)
 
 
