@@ -42,6 +42,7 @@ class Recorded(NamedTuple):
     attn_mask: Tensor | None
     softcap: float | None = None  # scores become softcap * tanh(score / softcap), in Gemma 2
     sinks: Tensor | None = None  # [H], one more score in each row, whose attention goes nowhere, in gpt-oss
+    position_ids: Tensor | None = None  # [B or 1,N], as the model was given them; not part of A
 
 
 def fused_attention(
@@ -262,7 +263,8 @@ def _recording_function(recorded: dict, every_layer: bool, sdpa: Callable | None
         if kwargs.get("position_bias") is not None:
             attention_mask = create_position_bias_mask(kwargs["position_bias"], attention_mask, True, query, key)
         softcap = None if sdpa else kwargs.get("softcap")  # transformers' sdpa leaves the soft-cap out
-        found = Recorded(query, key, scale, None, attention_mask, softcap, kwargs.get("s_aux"))
+        positions = kwargs.get("position_ids")
+        found = Recorded(query, key, scale, None, attention_mask, softcap, kwargs.get("s_aux"), positions)
         out, lse = attend(found, value)
         if is_chosen:
             recorded[number] = found._replace(lse=lse)

@@ -82,6 +82,7 @@ def observe(
     horizon: tuple[int, int | None] = (10, 100),
     attention_mask: Tensor | None = None,
     score: Callable[..., tuple[Tensor, Tensor]] = token_logprobs,
+    position_ids: Tensor | None = None,
 ) -> Signals:
     """One forward pass without gradient: log pi_old, entropy, WAAD and FAI of each response token. No map is made.
 
@@ -96,6 +97,7 @@ def observe(
         attention_mask: [B,N], 1 for real tokens. The signals are returned in the original columns.
         score: makes the pass over right-padded rows, score(model, input_ids, mask, entropy=True), and returns
             (logprobs, entropy). A trainer with its own way to log-probs gives that.
+        position_ids: [B,N], only looked at, to refuse packed rows.
 
     The caller must
         - switch dropout off: model.eval();
@@ -103,16 +105,23 @@ def observe(
         - with FSDP2, call model.reshard() before making an optimizer or a state dict, because a pass without gradient
           leaves the root's weights gathered.
 
-    Raises ValueError for an attention_mask with holes, for a model whose attention cannot be recorded (softmax_layers
-    says what is checked, once per model), and for heads that were measured on a batch without response tokens.
+    Raises ValueError for a mask that is not bool, for an attention_mask with holes, for rows that hold several samples
+    (packed rows, whose position ids start again), for a model whose attention cannot be recorded (softmax_layers says
+    what is checked, once per model), and for heads that were measured on a batch without response tokens.
     """
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype}: it has to be bool, true on response tokens. Pass mask.bool()")
     if attention_mask is not None:
         places = right_padding(attention_mask, mask)
         shifted_ids, shifted_mask = input_ids.gather(1, places), mask.gather(1, places)
-        *shifted, heads = observe(model, shifted_ids, shifted_mask, heads, window, horizon, score=score)
+        shifted_positions = None if position_ids is None else position_ids.expand_as(input_ids).gather(1, places)
+        *shifted, heads = observe(
+            model, shifted_ids, shifted_mask, heads, window, horizon, score=score, position_ids=shifted_positions
+        )
         back = [torch.zeros(mask.shape, device=mask.device).scatter(1, places, x) for x in shifted]
         return Signals(*back, heads)
 
+    refuse_packed_rows(position_ids, mask)
     softmax_layers(model, input_ids, score)
     if heads is None:
         heads = measure_heads(model, input_ids, mask, score=score)
@@ -122,6 +131,7 @@ def observe(
     with torch.no_grad():
         with recording(model, heads.layers) as recorded:
             logprobs, entropy = score(model, input_ids, mask, entropy=True)
+        refuse_packed_rows(recorded[heads.layers[0]].position_ids, mask)
         local_heads = [(recorded[layer], chosen) for layer, chosen in zip(heads.layers, heads.is_local)]
         global_heads = [(recorded[layer], chosen) for layer, chosen in zip(heads.layers, heads.is_global)]
         # Eq. 8 averages the maps over a group of heads. WAAD and FAI are linear in the map, so averaging them over the
@@ -170,6 +180,23 @@ def measure_heads(
         of_this_pass = torch.stack([streamed_spans(recorded[layer], response) for layer in layers])
         spans = spans + of_this_pass * response.sum() / mask.sum()
     return Heads(layers, spans, *split_heads(spans, quantile))
+
+
+def refuse_packed_rows(position_ids: Tensor | None, mask: Tensor) -> None:
+    """ValueError for rows that hold several samples, so that their positions start again before the last response token.
+
+    FAI would count rows of the next sample, and gamma would compare tokens of different responses.
+    position_ids: [B or 1,N], or None; other shapes, such as the three of vision models, are not looked at.
+    """
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != mask.shape[1]:
+        return
+    starts_again = position_ids[:, 1:] < position_ids[:, :-1]  # [B or 1,N-1]
+    is_before_a_response = mask.flip(1).int().cummax(1).values.flip(1).bool()[:, 1:]  # [B,N-1]
+    if (starts_again & is_before_a_response).any():
+        raise ValueError(
+            "a row holds several samples, because its position_ids start again (packed rows): WAAD and FAI need one "
+            "sample a row. Give observe() each sample as a row of its own, padded on the right"
+        )
 
 
 _softmax_layers: WeakKeyDictionary = WeakKeyDictionary()  # of each model that was checked

@@ -152,6 +152,35 @@ def test_left_padding_takes_linear_memory():
     assert peak_mib(lambda: metrics.observe(model, ids, mask, split, attention_mask=attention)) < 0.6 * pairs
 
 
+def test_packed_rows_are_refused():
+    model = llm(Qwen3Config, Qwen3ForCausalLM, head_dim=16)
+    ids, mask = ragged([(4, 30), (3, 20)], 40)
+    positions = torch.arange(40).expand(2, -1).clone()
+    positions[1, 30:] = 1  # in the padding behind the response, anything may stand
+    plain = metrics.observe(model, ids, mask, position_ids=positions)
+    torch.testing.assert_close(plain.fai, metrics.observe(model, ids, mask).fai)
+
+    packed = positions.clone()
+    packed[0, 20:] -= 20  # a second sample starts at token 20
+    with pytest.raises(ValueError, match="position_ids start again"):
+        metrics.observe(model, ids, mask, position_ids=packed)
+
+    def score_packed(model, input_ids, mask, entropy):
+        start_again = torch.arange(input_ids.shape[1]) % 20
+        model(input_ids=input_ids, position_ids=start_again[None])
+        return torch.zeros(mask.shape), torch.zeros(mask.shape)
+
+    with pytest.raises(ValueError, match="position_ids start again"):
+        metrics.observe(model, ids, mask, plain.heads, score=score_packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_a_mask_that_is_not_bool_is_refused(dtype):
+    ids, mask = ragged([(4, 30), (3, 20)], 40)
+    with pytest.raises(ValueError, match="has to be bool"):
+        metrics.observe(llm(LlamaConfig, LlamaForCausalLM), ids, mask.to(dtype))
+
+
 def test_a_trainers_own_log_probs_may_be_given():
     model = llm(*MODELS["qwen3"][:2], head_dim=16)
     ids, mask = ragged([(5, 40), (9, 30)], 45)
