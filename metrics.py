@@ -183,7 +183,7 @@ def measure_heads(
 
 
 def refuse_packed_rows(position_ids: Tensor | None, mask: Tensor) -> None:
-    """ValueError for rows that hold several samples, so that their positions start again before the last response token.
+    """ValueError for a row of several samples: one whose positions start again before its last response token.
 
     FAI would count rows of the next sample, and gamma would compare tokens of different responses.
     position_ids: [B or 1,N], or None; other shapes, such as the three of vision models, are not looked at.
