@@ -176,7 +176,9 @@ class Args:
         "max_tokens", "Longest response in tokens; a longer one is cut and judged as it is"
     )
     max_model_len: int | None = by_model("max_model_len", "Longest prompt and response together, in tokens")
-    micro_tokens: int = HfArg(default=2048, help="Tokens in one pass; changes memory and speed, not the result.")
+    micro_tokens: int = HfArg(
+        default=2048, help="Tokens in one pass; changes memory and speed, the result only by rounding."
+    )
     gradient_checkpointing: bool = HfArg(
         default=False, help="Recompute layers in the backward pass: less memory, more time."
     )

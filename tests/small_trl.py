@@ -144,6 +144,7 @@ def scored(model):
 
 
 def main(out):
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
@@ -152,9 +153,10 @@ def main(out):
     seen = {"batches": made.batches_seen, "weights": weights(made.model), "log": made.state.log_history}
     seen["DDP"] = scored(DistributedDataParallel(load_model(TINY, "cpu")[0]))
     sharded = load_model(TINY, "cpu")[0]
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))  # else a GPU's, if there is one
     for layer in sharded.model.layers:
-        fully_shard(layer)
-    seen["FSDP2"] = scored(fully_shard(sharded))
+        fully_shard(layer, mesh=mesh)
+    seen["FSDP2"] = scored(fully_shard(sharded, mesh=mesh))
     torch.save(seen, f"{out}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

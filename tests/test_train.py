@@ -256,6 +256,7 @@ def test_the_split_is_measured_on_the_batch_even_if_all_groups_are_equal(sampled
 def test_micro_batches_do_not_matter(tmp_path):
     for name, micro in (("a", 2048), ("c", 300)):
         how = ["--engine", "torch", "--micro_tokens", micro, "--heads_every", 1]
+        how += ["--dtype", "float32"]  # in bfloat16 a rounding error can change a response of the second step
         how += ["--steps", 2, "--max_tokens", 64, "--eval_problems", 4]
         run("--out", tmp_path / name, *how)
     dropped = ("seconds", "tokens_per_s")
