@@ -202,12 +202,12 @@ def print_plan(args) -> None:
     train_set, test_set = load_problems(args, load_tokenizer(args.model, args.max_model_len))
     shape, world = AutoConfig.from_pretrained(args.model), ranks.world_size()
     longest_pass = max(args.micro_tokens, args.max_model_len)  # a row is never split
-    gib = memory.estimate(
+    weights, gib = memory.describe(
         shape, world, longest_pass, args.kv_cache_gib, 4 if args.dtype == "float32" else 2,
         args.gradient_checkpointing,
     )  # fmt: skip
     ranks.print_once(
-        f"{args.model}: {memory.parameters(shape)[0]:,} weights, {world} process(es)\n"
+        f"{args.model}: {weights}, {world} process(es)\n"
         f"{args.task}: {len(train_set)} training problems; {len(test_set)} of {args.eval_task or args.task} held out\n"
         f"the first: {train_set[0].prompt!r}\n"
         f"{args.steps} steps of {args.prompts} problems x {args.group} responses of up to {args.max_tokens} tokens, "
@@ -215,7 +215,7 @@ def print_plan(args) -> None:
         f"{describe_layers(shape)}\n"
         f"credit {args.credit}, q {args.q}, gamma {args.gamma_amp}, WAAD window {args.window}, "
         f"FAI horizon {args.horizon}\n"
-        f"GiB on each GPU, computed: {', '.join(f'{name} {size:.1f}' for name, size in gib.items() if size >= 0.05)}\n"
+        f"{gib}\n"
         "dry run: nothing was started"
     )
 
@@ -225,8 +225,9 @@ def describe_layers(config) -> str:
     config = config.get_text_config()
     kinds = Counter(getattr(config, "layer_types", None) or [])
     listed = f" ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})" if len(kinds) > 1 else ""
+    count = getattr(config, "num_hidden_layers", "?")
     return (
-        f"{config.num_hidden_layers} layers{listed}. WAAD and FAI are taken from those with softmax attention; whether "
+        f"{count} layers{listed}. WAAD and FAI are taken from those with softmax attention; whether "
         "they can be is checked before the first step, and by python -m node.check"
     )
 

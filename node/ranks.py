@@ -113,7 +113,7 @@ def decoder_layers(model) -> torch.nn.ModuleList:
     """The model's decoder layers. ValueError for a model that does not keep them in get_decoder().layers."""
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is None:
-        raise ValueError(f"{type(model).__name__} keeps no layers in get_decoder().layers: not supported here")
+        raise ValueError(f"{type(model).__name__} keeps no layers in get_decoder().layers, so it cannot be sharded")
     return layers
 
 

@@ -371,7 +371,7 @@ def read_args(args):
         "dtype": "bfloat16" if torch.cuda.is_available() else "float32"
     }  # args.json of older runs has no dtype
     try:
-        saved = type(args)(**old_default | json.loads((Path(args.resume) / "args.json").read_text()))
+        saved = type(args)(**old_default | json.loads((Path(args.resume) / "args.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as e:
         raise ValueError(f"--resume {args.resume}: no run is there, or its args.json cannot be read ({e})") from e
     refuse_other_args(args, "steps", "dry_run")
@@ -390,7 +390,7 @@ class JsonLines:
         self.path, self.dropped_evaluation = path, False
         if ranks.rank() > 0:
             return
-        lines = path.read_text().splitlines() if resumed_at is not None and path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if resumed_at is not None and path.exists() else []
         kept = []
         for line in lines:
             try:
