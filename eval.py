@@ -219,7 +219,7 @@ def read(out: Path) -> list[dict]:
     if out.suffix != ".json":
         raise ValueError(f"--out {out}: must end in .json (the table goes into a .md beside it)")
     try:
-        results = json.loads(out.read_text())["results"] if out.exists() else []
+        results = json.loads(out.read_text(encoding="utf-8"))["results"] if out.exists() else []
         if all(isinstance(r, dict) for r in results):
             return results
         raise ValueError("not a list of results")
@@ -279,7 +279,7 @@ def main(args: Args) -> None:
     wanted = [find(results, settings) for settings, _ in steps]
     print("\n" + table(wanted))
     if out:
-        out.with_suffix(".md").write_text(table(wanted))
+        out.with_suffix(".md").write_text(table(wanted), encoding="utf-8")
     where = f"{out}, with every response; {out.with_suffix('.md')}" if out else "not kept (--out FILE.json keeps them)"
     print(f"{len(wanted)} results in per cent, with 95 % intervals over problems: {where}")
 

@@ -36,7 +36,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import get_constant_schedule_with_warmup, set_seed
+from transformers import get_constant_schedule_with_warmup
 from transformers.hf_argparser import HfArg
 
 import tasks
@@ -46,6 +46,7 @@ from grpo import group_advantages, micro_batches, shape_advantages, share_passes
 from heads import Heads
 from metrics import Signals, measure_heads, observe
 from node import checkpoint, precision, prepare, ranks
+from node.folder import open_folder
 from node.run import DYNAMIC_BATCHES, Clock, Run
 from node.samples import choose_sample
 from node.settings import TINY, parse_args
@@ -401,44 +402,45 @@ def main(args: Args, credit: Callable[..., Tensor] | None = None) -> None:
         if args.dry_run:
             return prepare.print_plan(args)
         device = ranks.start()
+    with ranks.errors_in_one_line(), open_folder(args) as folder:  # a run that does not start leaves no folder
         saved_at, state = checkpoint.find_latest(args.resume)  # None, None for a new run
         source = saved_at or args.model
-        model, tokenizer, train_set, test_set = prepare.load(args, source, device)
+        model, tokenizer, train_set, test_set = prepare.load(args, source, device, state)
         # The schedule below starts at run.step: a new run with a fifth of lr, a resumed one where it was. For that
         # torch requires initial_lr.
         weights = {"params": [*model.parameters()], "initial_lr": args.lr}
         optimizer = torch.optim.AdamW([weights], args.lr, weight_decay=0.0, fused=True)
-        run = Run(args, model, tokenizer, optimizer, state)
+        problems = prepare.identify_problems(train_set, test_set)
+        run = Run(args, folder, model, tokenizer, optimizer, state, problems)
         run.say(f"{run.folder}: starting {args.engine} from {source}")
-        seed = args.seed + ranks.rank()
         sampler = start_actor(
-            args.engine, str(source), args.max_model_len, seed, args.kv_cache_gib, model, tokenizer,
+            args.engine, str(source), args.max_model_len, args.seed, args.kv_cache_gib, model, tokenizer,
             sleep_mode=True, dtype=args.dtype, chat=chat(args),
         )  # fmt: skip
         # Does vLLM compute this model as the trainer does, and take over changed weights? If not, ValueError.
         if found := try_reload(sampler, model, train_set, args.max_tokens, args.dtype):
             run.say(found)
-    set_seed(seed)  # after the engine, which seeds the global generators too
-    if state:
-        sampler.sleep()  # restoring takes 16 bytes a weight at once
-        checkpoint.restore(saved_at, state, model, optimizer)
-        sampler.reload(model)
-    schedule = get_constant_schedule_with_warmup(optimizer, WARMUP_STEPS, last_epoch=run.step)
+        if state:
+            sampler.sleep()  # restoring takes 16 bytes a weight at once
+            checkpoint.restore(saved_at, model, optimizer)
+            sampler.reload(model)
+        schedule = get_constant_schedule_with_warmup(optimizer, WARMUP_STEPS, last_epoch=run.step)
 
     def evaluate_held_out() -> None:
+        run.begin_evaluation()
         _, rewards = evaluate(
             sampler, args.eval_task or args.task, ranks.my_share(test_set), args.eval_samples, args.max_tokens,
             stop=args.stop, reward_processes=args.reward_processes,
         )  # fmt: skip
         run.log_evaluation(torch.tensor(ranks.all_gather(rewards.tolist())).mean(1), test_set)
 
-    with run.stopping_softly():  # Ctrl-C and SIGTERM end the run after the current step
+    with run.stopping_softly():  # Ctrl-C and SIGTERM: the run ends after the current step, saved
         if run.evaluation_is_due:
             evaluate_held_out()
         while not run.is_done:
             if run.step % args.heads_every == 0:
                 run.heads = None  # measure the split again
-            problems, generator = run.next_problems(train_set), run.generator()
+            problems, generator = run.begin_step(train_set)
             record, run.heads = train_step(
                 args, model, optimizer, sampler, problems, run.heads, generator, credit
             )  # fmt: skip

@@ -4,7 +4,8 @@ A checkpoint is a folder checkpoint-STEP with
 
     the model and the tokenizer   in transformers' format
     optimizer/                    AdamW's moments, a part for each rank (torch.distributed.checkpoint)
-    trainer.pt                    random states, position in the data, head split, ...
+    trainer.pt                    step, position in the data, which problems these are, head split, ...
+    train_args.json               the run's arguments
     manifest.json                 written last: size and CRC-32 of every file
 
 It is written under another name, and renamed when it is on the disk. No rank ever holds more than its share of the run
@@ -19,9 +20,9 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -41,6 +42,7 @@ from node.settings import keep_soft_caps, load_config, load_model
 from node.weights import find_sources, from_stored, stored_groups, stored_tensors, to_stored
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: that is meant
+UNFINISHED = "checkpoint-unfinished"  # the folder that a checkpoint is written to, before it is renamed
 SHARD_BYTES = 32 * 2**20  # weights are gathered and written so many at a time, or a tensor, if that is larger
 
 
@@ -150,25 +152,21 @@ def _sync(path: Path) -> None:
     os.close(handle)
 
 
-def save(folder: Path, state: dict, model, tokenizer, optimizer, keep: int) -> None:
+def save(folder: Path, state: dict, model, tokenizer, optimizer, keep: int, args=None) -> None:
     """Write folder/checkpoint-STEP, where STEP is state["step"], and remove all but the last `keep`. All ranks call.
 
-    If it cannot be written, raises OSError that names the checkpoint to resume from.
+    args: the run's arguments, a dataclass. If it cannot be written, raises OSError that names the checkpoint to resume
+    from.
     """
     ranks.reshard(model)
-    state = {**state, "rng": ranks.all_gather([_random_state()])}
-    final, making = folder / f"checkpoint-{state['step']}", folder / "checkpoint-unfinished"
+    final, making = folder / f"checkpoint-{state['step']}", folder / UNFINISHED
     first = ranks.rank() == 0
     try:
         if first:
-            shutil.rmtree(making, ignore_errors=True)
-            making.mkdir()
-            model.config.save_pretrained(making)
-            if model.generation_config:
-                # As it is: save_pretrained refuses what some models come with, a temperature without do_sample, say.
-                model.generation_config.to_json_file(making / "generation_config.json")
-            tokenizer.save_pretrained(making)
+            _save_description(making, model, tokenizer)
             torch.save(state, making / "trainer.pt")
+            if args:
+                write_whole(making / "train_args.json", json.dumps(asdict(args), indent=1))
         _save_weights(model, making)
         moments = get_optimizer_state_dict(model, optimizer)
         dcp.save(moments, checkpoint_id=making / "optimizer", no_dist=_is_alone())
@@ -186,9 +184,67 @@ def save(folder: Path, state: dict, model, tokenizer, optimizer, keep: int) -> N
             shutil.rmtree(making, ignore_errors=True)
         left = list_checkpoints(folder)
         rest = f"{left[-1].name} is there: make room, then --resume {folder}" if left else "none is there before it"
-        raise OSError(f"{final} could not be written ({_reason(e)}); {rest}") from e
+        raise OSError(f"{final} could not be written ({_room(folder, model, 1) or _reason(e)}); {rest}") from e
     for old in list_checkpoints(folder)[:-keep] if first else ():
         shutil.rmtree(old, ignore_errors=True)
+
+
+def try_saving(folder: Path, model, tokenizer, keep: int, saves_left: int) -> None:
+    """Write all of a checkpoint but its numbers, and remove it. ValueError if it cannot be written. Rank 0 calls.
+
+    Also ValueError if the disk has no room for the checkpoints that are still to come: at most saves_left, and at most
+    keep + 1 at a time, because the oldest is removed after the newest is written.
+    """
+    making = folder / UNFINISHED
+    try:
+        _save_description(making, model, tokenizer)
+    except Exception as e:  # whatever transformers refuses to write
+        raise ValueError(
+            f"a checkpoint of this model cannot be written: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        ) from e
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    to_come = min(saves_left, max(1, keep + 1 - len(list_checkpoints(folder))))
+    if lack := _room(folder, model, to_come):
+        raise ValueError(f"{lack}. Make room, lower --keep, or give --out on another disk")
+
+
+def _save_description(making: Path, model, tokenizer) -> None:
+    """Write what describes the model, without its weights, into a new folder: configuration and tokenizer."""
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir()
+    model.config.save_pretrained(making)
+    if model.generation_config:
+        # As it is: save_pretrained refuses what some models come with, a temperature without do_sample, say.
+        model.generation_config.to_json_file(making / "generation_config.json")
+    tokenizer.save_pretrained(making)
+
+
+def count_bytes(model) -> int:
+    """The size of a checkpoint without its small files: the stored tensors, and two float32 moments of each weight."""
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors(model).values())
+    return stored + 8 * sum(p.numel() for p in model.parameters())
+
+
+def _room(folder: Path, model, count: int) -> str | None:
+    """What to say if the folder's disk has no room for `count` more checkpoints, else None."""
+    needed, free = count * count_bytes(model), shutil.disk_usage(folder).free
+    if needed <= free:
+        return None
+    return f"the disk of {folder} is too full: {count} checkpoint(s) need {_gib(needed)}, and {_gib(free)} are free"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def read_args(path: str | Path) -> dict:
+    """The arguments of the run that wrote a checkpoint. Empty for a model that has none: it was not trained here, or by
+    an older version."""
+    try:
+        return json.loads((Path(path) / "train_args.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _save_weights(model, folder: Path) -> None:
@@ -260,19 +316,18 @@ def _newest_undamaged(folder: Path) -> Path | None:
     return None
 
 
-def restore(path: Path, state: dict, model, optimizer) -> None:
-    """Restore the optimizer's and the random generators' states. The number of ranks may differ from before."""
+def restore(path: Path, model, optimizer) -> None:
+    """Restore the optimizer's moments. The number of ranks may differ from before.
+
+    Its settings stay as they are, for example the learning rate: they are those of the run's arguments now.
+    """
     ranks.reshard(model)
+    settings = [{name: x for name, x in group.items() if name != "params"} for group in optimizer.param_groups]
     moments = get_optimizer_state_dict(model, optimizer)  # the present ones: what is read replaces them
     dcp.load(moments, checkpoint_id=path / "optimizer", no_dist=_is_alone())
     set_optimizer_state_dict(model, optimizer, moments)
-    if len(state["rng"]) == ranks.world_size():  # with another number of ranks, random numbers differ anyway
-        mine = state["rng"][ranks.rank()]
-        torch.set_rng_state(mine["cpu"])
-        name, keys, *rest = mine["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-        if torch.cuda.is_available() and mine["cuda"] is not None:
-            torch.cuda.set_rng_state(mine["cuda"])
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
 
 
 def _is_alone() -> bool:
@@ -282,9 +337,3 @@ def _is_alone() -> bool:
     times as long.
     """
     return ranks.world_size() == 1 and not torch.cuda.is_available()
-
-
-def _random_state() -> dict:
-    name, keys, *rest = np.random.get_state()  # vLLM draws the seeds of requests from it
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda, "numpy": (name, torch.tensor(keys.astype(np.int64)), *rest)}

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from node.output import mean_interval, write_whole
+from node.output import mean_interval, print_in_any_locale, write_whole
 
 TEMPLATE = Path(__file__).with_name("look.html")
 MOST_SAMPLES = 100  # steps of a run whose responses are on the page; a page of 500 real steps would have 15 MB
@@ -101,7 +101,7 @@ def read_run(folder: Path, name: str) -> Run:
     if not records:
         raise ValueError(f"{folder}: this run has not logged anything yet. Try again after its first evaluation")
     try:
-        args = json.loads((folder / "args.json").read_text(errors="replace"))
+        args = json.loads((folder / "args.json").read_text(encoding="utf-8", errors="replace"))
     except ValueError as e:
         raise ValueError(f"{folder}/args.json: not valid JSON ({e})") from e
     return Run(
@@ -119,7 +119,7 @@ def read_records(file: Path) -> list[dict]:
     """The lines of a JSONL file; none if there is no file. A last line that is only half there is left out."""
     if not file.exists():
         return []
-    records, lines = [], [line for line in file.read_text(errors="replace").split("\n") if line]
+    records, lines = [], [line for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if line]
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -239,7 +239,7 @@ def make_page(runs: list[Run], command: str) -> str:
     data = json.dumps(shorten_numbers(facts), separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
-    return TEMPLATE.read_text().replace("{{data}}", data)
+    return TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", data)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -248,6 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("run", nargs="+", help="Folder that train.py wrote; the others are compared with the first.")
     parser.add_argument("--out", help="File for the page (default: look.html in the first run's folder).")
+    print_in_any_locale()
     args = parser.parse_args(argv)
     folders = list(dict.fromkeys(Path(name) for name in args.run))
     out = Path(args.out) if args.out else folders[0] / "look.html"

@@ -143,6 +143,30 @@ def estimate(
     }  # fmt: skip
 
 
+def describe(config, *how, **more) -> tuple[str, str]:
+    """For a plan: the number of weights; the memory by estimate(), which takes the other arguments, or why it is not
+    known.
+
+    Not every model that can be trained has what the formula counts. Mamba has no heads, for example.
+    """
+    try:
+        with torch.device("meta"):
+            weights = f"{AutoModelForCausalLM.from_config(config).num_parameters():,} weights"
+    except Exception as e:  # whatever the model's code cannot do without memory
+        weights = f"its weights cannot be counted without making them ({_first_line(e)})"
+    try:
+        gib = estimate(config, *how, **more)
+    except Exception as e:  # whatever this configuration lacks
+        reason = f"the formula does not fit {config.model_type} ({_first_line(e)})"
+        return weights, f"GiB on each GPU: not computed, because {reason}"
+    parts = ", ".join(f"{name} {size:.1f}" for name, size in gib.items() if size >= 0.05)
+    return weights, f"GiB on each GPU, computed: {parts}"
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
+
 def largest_micro_tokens(limit_gib: float, context: int, config, **how) -> int:
     """The most --micro_tokens (in steps of 256) whose peak with vLLM asleep is within the limit; 0 if no row fits."""
     if estimate(config, micro_tokens=context, **how)["peak, asleep"] > limit_gib:

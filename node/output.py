@@ -1,22 +1,33 @@
-"""What every command writes: atomic files, JSON lines, Markdown tables, means with intervals, times to read."""
+"""What every command writes: atomic files, JSON lines, Markdown tables, means with intervals, times to read.
+
+Files are UTF-8 whatever the locale.
+"""
 
 import json
 import math
+import sys
 from pathlib import Path
 
 from torch import Tensor
 
 
+def print_in_any_locale() -> None:
+    """Let print() write "?" for what the terminal cannot show, where it would raise: "±" in an ASCII locale, say."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has it not
+            stream.reconfigure(errors="replace")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write to a temporary file, then rename it, so that the file is never half-written."""
     unfinished = path.with_name(path.name + ".new")
-    unfinished.write_text(text)
+    unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
 
 
 def read_lines(file: Path) -> list:
     """The lines of a JSONL file, none if there is no file. A last line that a kill cut short is removed from it."""
-    text = file.read_text() if file.exists() else ""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
     if text and not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]
         write_whole(file, text)

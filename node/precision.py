@@ -15,9 +15,8 @@ def choose_dtype(dtype: str, config) -> str:
     """What "auto" means on this machine for a model with this transformers config. Any other dtype is returned."""
     if dtype != "auto":
         return dtype
-    able = torch.cuda.is_available() or (
-        torch.cpu.get_capabilities().get("avx512_bf16", False) and config.get_text_config().hidden_size >= WIDE
-    )
+    width = getattr(config.get_text_config(), "hidden_size", 0)  # some kinds have none
+    able = torch.cuda.is_available() or (torch.cpu.get_capabilities().get("avx512_bf16", False) and width >= WIDE)
     return "bfloat16" if able else "float32"
 
 

@@ -4,7 +4,7 @@ import logging
 import math
 import zlib
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from grpo import check_logits, token_logprobs
 from metrics import measure_heads, softmax_layers
 from node import memory, precision, ranks
 from node.checkpoint import load_sharded
-from node.run import import_report, read_args
+from node.checkpoint import read_args as read_checkpoint_args
+from node.run import fingerprint, import_report, read_args
 from node.settings import fill_defaults, load_config, load_tokenizer
 from rollout import chat, tokenize
 
@@ -158,17 +159,55 @@ def warn_of_unknown_tokens(args, tokenizer, problems: list[tasks.Problem]) -> No
         )
 
 
+def identify_problems(train_set: list[tasks.Problem], test_set: list[tasks.Problem]) -> dict[str, list]:
+    """Number and fingerprint of the training and of the held-out problems, for the run's checkpoints."""
+    return {
+        "training": [len(train_set), fingerprint(train_set)],
+        "held-out": [len(test_set), fingerprint(test_set)],
+    }
+
+
+def check_resumed(args, checkpoint: Path, state: dict, problems: dict[str, list]) -> None:
+    """Compare a run that goes on with its checkpoint. Say which arguments have been edited in args.json since then.
+
+    ValueError if it would go on with other problems, or was told another model. Older checkpoints know neither.
+    """
+    sources = {
+        "training": args.data or args.task,
+        "held-out": args.eval_data or args.data or args.eval_task or args.task,
+    }
+    for kind, (count, print_now) in problems.items():
+        count_then, print_then = (state.get("problems") or problems)[kind]
+        if (count, print_now) != (count_then, print_then):
+            raise ValueError(
+                f"--resume {args.resume}: the {kind} problems of {sources[kind]} are not those that the run had "
+                f"({count} now, {count_then} then). Restore them, and the arguments in args.json that choose them, or "
+                "start a new run"
+            )
+    before = read_checkpoint_args(checkpoint)
+    now = {name: value for name, value in asdict(args).items() if name not in ("resume", "steps", "dry_run", "out")}
+    edited = {name: value for name, value in now.items() if name in before and before[name] != value}
+    if "model" in edited:
+        raise ValueError(
+            f"--resume {args.resume}: its args.json says --model {args.model} now, and the run goes on from its own "
+            f"weights, which began as {before['model']}. Set it back, or start a new run"
+        )
+    if edited:
+        changes = ", ".join(f"{name} {before[name]} to {value}" for name, value in edited.items())
+        ranks.print_once(f"args.json has been edited since {checkpoint.name}. From the next step on: {changes}")
+
+
 def print_plan(args) -> None:
     """--dry_run: print what would be done, from the model's configuration, tokenizer and data only."""
     train_set, test_set = load_problems(args, load_tokenizer(args.model, args.max_model_len))
     shape, world = AutoConfig.from_pretrained(args.model), ranks.world_size()
     longest_pass = max(args.micro_tokens, args.max_model_len)  # a row is never split
-    gib = memory.estimate(
+    weights, gib = memory.describe(
         shape, world, longest_pass, args.kv_cache_gib, 4 if args.dtype == "float32" else 2,
         args.gradient_checkpointing,
     )  # fmt: skip
     ranks.print_once(
-        f"{args.model}: {memory.parameters(shape)[0]:,} weights, {world} process(es)\n"
+        f"{args.model}: {weights}, {world} process(es)\n"
         f"{args.task}: {len(train_set)} training problems; {len(test_set)} of {args.eval_task or args.task} held out\n"
         f"the first: {train_set[0].prompt!r}\n"
         f"{args.steps} steps of {args.prompts} problems x {args.group} responses of up to {args.max_tokens} tokens, "
@@ -176,7 +215,7 @@ def print_plan(args) -> None:
         f"{describe_layers(shape)}\n"
         f"credit {args.credit}, q {args.q}, gamma {args.gamma_amp}, WAAD window {args.window}, "
         f"FAI horizon {args.horizon}\n"
-        f"GiB on each GPU, computed: {', '.join(f'{name} {size:.1f}' for name, size in gib.items() if size >= 0.05)}\n"
+        f"{gib}\n"
         "dry run: nothing was started"
     )
 
@@ -186,8 +225,9 @@ def describe_layers(config) -> str:
     config = config.get_text_config()
     kinds = Counter(getattr(config, "layer_types", None) or [])
     listed = f" ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})" if len(kinds) > 1 else ""
+    count = getattr(config, "num_hidden_layers", "?")
     return (
-        f"{config.num_hidden_layers} layers{listed}. WAAD and FAI are taken from those with softmax attention; whether "
+        f"{count} layers{listed}. WAAD and FAI are taken from those with softmax attention; whether "
         "they can be is checked before the first step, and by python -m node.check"
     )
 
@@ -216,14 +256,18 @@ def _some_tokens(model) -> torch.Tensor:
     return torch.arange(32, device=next(model.parameters()).device)[None] % vocabulary
 
 
-def load(args, source: str | Path, device: torch.device):
-    """Model (float32, on the device, sharded), tokenizer, training and held-out problems.
+def load(args, source: str | Path, device: torch.device, state: dict | None = None):
+    """state: that of the checkpoint to resume from, if source is one.
+
+    Returns model (float32, on the device, sharded), tokenizer, training and held-out problems.
 
     Raises ValueError for what would stop the run later: too few problems, an output head that cannot be scored, or
     attention that cannot be recorded although the credit needs it.
     """
     tokenizer = load_tokenizer(str(source), args.max_model_len)
     train_set, test_set = load_problems(args, tokenizer)
+    if state:
+        check_resumed(args, Path(source), state, identify_problems(train_set, test_set))
     model = load_sharded(str(source), device, args.dtype)
     if args.credit in NEED_ATTENTION:  # measuring the heads also checks all that the credit relies on
         ids = _some_tokens(model)

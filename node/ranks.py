@@ -9,16 +9,22 @@ my_share, all_gather, all_reduce_sum and the like return their input.
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from node.weights import stored_groups, stored_tensors, to_stored
+
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C has ended
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def world_size() -> int:
@@ -67,18 +73,47 @@ def exit_with_error(message: str) -> None:
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Within the context, a ValueError or OSError (wrong arguments, data, files) ends the run with its message only."""
+    """Within the context, errors that a user can cause end the run with one line; those of a bug have their traceback.
+
+    - ValueError, OSError: wrong arguments, data or files. The message says what to do.
+    - ImportError, RuntimeError, MemoryError, SafetensorError, if a library raises them: a package that is missing, a
+      GPU without memory, a file that cannot be read. The line names the library, and our line that called it.
+    - KeyboardInterrupt: Ctrl-C before anything was trained.
+    """
     try:
         yield
     except (ValueError, OSError) as e:
         exit_with_error(e)
+    except (ImportError, RuntimeError, MemoryError, SafetensorError) as e:
+        calls = traceback.extract_tb(e.__traceback__)
+        ours = [call for call in calls if _is_ours(call.filename)]
+        if not ours or calls[-1] is ours[-1]:  # raised in our own code
+            raise
+        what = (str(e).strip().splitlines() or ["no message"])[0]
+        exit_with_error(
+            f"{type(e).__name__}: {what} (raised by {_library(calls[-1].filename)}, called in "
+            f"{Path(ours[-1].filename).name}, line {ours[-1].lineno})"
+        )
+    except KeyboardInterrupt:
+        print_once("stopped before the first step, as asked: nothing was trained. To start again: the same command")
+        sys.exit(INTERRUPTED)
+
+
+def _is_ours(file: str) -> bool:
+    return ROOT in Path(file).parents and "site-packages" not in file
+
+
+def _library(file: str) -> str:
+    """The name of the package that a file belongs to."""
+    parts = Path(file).parts
+    return parts[parts.index("site-packages") + 1] if "site-packages" in parts else Path(file).name
 
 
 def decoder_layers(model) -> torch.nn.ModuleList:
     """The model's decoder layers. ValueError for a model that does not keep them in get_decoder().layers."""
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is None:
-        raise ValueError(f"{type(model).__name__} keeps no layers in get_decoder().layers: not supported here")
+        raise ValueError(f"{type(model).__name__} keeps no layers in get_decoder().layers, so it cannot be sharded")
     return layers
 
 
@@ -105,6 +140,14 @@ def reshard(model) -> None:
     """
     if isinstance(model, FSDPModule):
         model.reshard()
+
+
+def has_own_weights(model) -> bool:
+    """Whether the parameters are those of the optimizer: all sharded, if FSDP2 shards the model.
+
+    They may not be, after a pass that was interrupted: a layer keeps its gathered weights, in another precision.
+    """
+    return not isinstance(model, FSDPModule) or all(isinstance(p, DTensor) for p in model.parameters())
 
 
 def wait_for_all() -> None:

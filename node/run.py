@@ -1,15 +1,28 @@
-"""One training run: its folder, its log, the order of its problems; when it saves, evaluates, stops and resumes."""
+"""One training run: its folder, its log, the order of its problems; when it saves, evaluates, stops and resumes.
+
+What a run does when it is asked to stop, by Ctrl-C or SIGTERM:
+
+    while it starts      It ends at once (node/folder.py).
+    in a step            It finishes the step, saves it, and ends. Asked again, it ends at once: then the step before is
+                         saved, unless it is already, if its weights are still there.
+    in an evaluation     It ends at once. The step before is saved, unless it is already.
+    while it saves       It ends afterwards.
+
+Several ranks must save together, and one that leaves alone would let the others wait. So they finish an evaluation as
+well, and if they are asked again, they end without saving.
+"""
 
 import hashlib
 import importlib
 import json
 import math
+import os
 import random
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import lru_cache
 from itertools import count
@@ -18,6 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import set_seed
 
 from heads import Heads
 from node import checkpoint, ranks
@@ -34,6 +48,9 @@ DYNAMIC_BATCHES = 4  # batches that --dynamic may draw for one step
 SKIP_LIMIT = 3  # steps in a row with a gradient that is not finite
 EQUAL_STEPS, SAY_AGAIN = 5, 20  # steps in a row without any unequal group, before the run says so; and says so again
 REPORTS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # --report, and the module that it needs
+LOCK = "lock"  # the file that says which process works in a run's folder
+STEP, EVALUATION, SAVING, ENDING = "step", "evaluation", "saving", "ending"  # what a run is doing
+SAME_SIGNAL = 1.0  # seconds; a scheduler and torchrun may both pass on one request to stop
 SHOWN = {"reward": ".2f", "gap_mean": ".0e", "entropy": ".2f", "tokens_per_s": ".0f"}  # beside the progress bar
 
 
@@ -53,21 +70,29 @@ class Clock:
 
 
 class Run:
-    """The state of a run, and what it leaves in its folder. state: a checkpoint's, None for a new run."""
+    """The state of a run, and what it leaves in its folder. state: a checkpoint's, None for a new run.
 
-    def __init__(self, args, model, tokenizer, optimizer, state: dict | None = None):
+    problems: which training and held-out problems it has (prepare.identify_problems), kept in its checkpoints.
+    """
+
+    def __init__(
+        self, args, folder: Path, model, tokenizer, optimizer, state: dict | None = None, problems: dict | None = None
+    ):
         self.args, self.model, self.tokenizer, self.optimizer = args, model, tokenizer, optimizer
+        self.folder, self.problems = folder, problems
         if state and state["step"] > args.steps:
             raise ValueError(f"--steps {args.steps}: {args.resume} has already done {state['step']} steps")
-        self.began, self.stopping, self._asked_to_stop = time.perf_counter(), False, []
-        folder = args.resume
-        if not args.resume and ranks.rank() == 0:
-            folder = new_folder(args.out, f"{Path(args.task).stem}-{args.credit}")
-        self.folder = Path(ranks.from_rank_0(folder))
+        self.began, self.stopping, self._asked_at = time.perf_counter(), False, None
         if ranks.rank() == 0:
             write_args(args, self.folder)  # a resumed run may have been given more steps
         state = state or {"step": 0, "data_position": 0, "baseline_success": None, "skips": 0, "heads": None}
         self.step, self.data_position, self.skips = state["step"], state["data_position"], state["skips"]
+        self.saved_step, self.evaluated_step = self.step, None
+        if ranks.rank() == 0:
+            saves_left = math.ceil(args.steps / args.save_every) - self.step // args.save_every
+            checkpoint.try_saving(self.folder, model, tokenizer, args.keep, saves_left)
+        self.doing, self.weights_changed = EVALUATION, False
+        optimizer.register_step_pre_hook(self._note_change)
         self.baseline_success = state["baseline_success"]  # held-out success of each problem before training
         device = next(model.parameters()).device
         self.heads = state["heads"] and Heads(state["heads"][0], *(x.to(device) for x in state["heads"][1:]))
@@ -83,6 +108,23 @@ class Run:
         """Whether all steps are made, or somebody has asked to stop."""
         return self.stopping or self.step >= self.args.steps
 
+    def begin_step(self, problems: list) -> tuple[list, torch.Generator]:
+        """The problems of the next step, of all training problems, and its random generator. Seeds the sampling, too.
+
+        The seeds depend on --seed and the step only. So evaluations do not change what is sampled in training, and a
+        run that is resumed samples as if it had not been stopped.
+        """
+        self.doing, self.weights_changed = STEP, False
+        set_seed(self._seed("step"))
+        return self.next_problems(problems), self.generator()
+
+    def begin_evaluation(self) -> None:
+        """Seed the sampling of an evaluation."""
+        set_seed(self._seed("evaluation"))
+
+    def _seed(self, what: str) -> int:
+        return random.Random(f"{self.args.seed}, {what} {self.step}, rank {ranks.rank()}").getrandbits(32)
+
     def generator(self) -> torch.Generator:
         """The random generator of the next step. It depends on --seed and the step only, as a resumed run needs."""
         return torch.Generator().manual_seed(random.Random(f"{self.args.seed}, step {self.step}").getrandbits(32))
@@ -94,6 +136,7 @@ class Run:
 
     def finish_step(self, record: dict) -> None:
         """Log a step, save when due, and stop a run that cannot go on."""
+        self.doing = SAVING
         self.step += 1
         self.data_position += record["problems"]
         sample = record.pop("sample")
@@ -114,10 +157,17 @@ class Run:
             self.say(f"step {self.step}: {warning} To read the responses: python -m node.look {self.folder}")
         self.skips = self.skips + 1 if record["skipped"] else 0
         self._stop_if_broken(record)
-        self.stopping = ranks.any_rank(bool(self._asked_to_stop))
-        if self.is_done or self.step % self.args.save_every == 0:
+        if self.step == self.args.steps or self.step % self.args.save_every == 0:
             self.save()
+        self._stop_if_asked()
+        self.doing = EVALUATION
         self.evaluation_is_due = self._evaluates_here() and (not self.stopping or self.step == self.args.steps)
+
+    def _stop_if_asked(self) -> None:
+        """End the run here, saved, if any rank was asked to."""
+        self.stopping = ranks.any_rank(self._asked_at is not None)
+        if self.stopping and self.saved_step != self.step:
+            self.save()
 
     def _evaluates_here(self) -> bool:
         every = self.args.eval_every
@@ -173,7 +223,8 @@ class Run:
         if self.baseline_success is None:
             self.baseline_success = success
             self.say(f"held-out success before: {100 * mean:.1f} %")
-        self.final_success = success
+        self.final_success, self.evaluated_step = success, self.step
+        self._stop_if_asked()
 
     def save(self) -> None:
         """Write a checkpoint. If it cannot be written, the run ends."""
@@ -183,27 +234,66 @@ class Run:
             "baseline_success": self.baseline_success,
             "skips": self.skips,
             "heads": self.heads and tuple(self.heads),
+            "problems": self.problems,
         }
         with ranks.errors_in_one_line():
-            checkpoint.save(self.folder, state, self.model, self.tokenizer, self.optimizer, self.args.keep)
+            checkpoint.save(self.folder, state, self.model, self.tokenizer, self.optimizer, self.args.keep, self.args)
+        self.saved_step = self.step
 
     @contextmanager
     def stopping_softly(self) -> Iterator[None]:
-        """Within the context, SIGTERM and Ctrl-C end the run after the current step; a second one ends it at once."""
-
-        def note(number, frame) -> None:
-            if self._asked_to_stop:
-                raise KeyboardInterrupt
-            self._asked_to_stop.append(number)
-
-        handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Within the context, SIGTERM and Ctrl-C end the run as the first lines of this file say."""
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         self.bar = tqdm(initial=self.step, total=self.args.steps, desc=self.args.credit, disable=ranks.rank() > 0)
         try:
             yield
+        except KeyboardInterrupt:
+            self._end_at_once()
         finally:
             self.bar.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame) -> None:
+        """Note a request to stop, and say what follows; or end what the run is doing, by KeyboardInterrupt."""
+        now, alone = time.monotonic(), ranks.world_size() == 1
+        is_second = self._asked_at is not None and now - self._asked_at > SAME_SIGNAL
+        can_end = is_second or (self.doing == EVALUATION and alone)
+        if self.doing in (STEP, EVALUATION) and can_end:
+            self.doing, self._asked_at = ENDING, now  # further signals change nothing
+            raise KeyboardInterrupt
+        if self._asked_at is None:
+            self._asked_at = now
+            name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+            plan = {
+                STEP: f"finishing step {self.step + 1}, then saving. A second {name} stops now",
+                EVALUATION: f"finishing the evaluation. A second {name} stops now",
+                SAVING: f"saving step {self.step}, then stopping",
+            }
+            if ranks.rank() == 0:
+                with suppress(OSError):  # the terminal may be gone. print() may not be called within another print()
+                    os.write(2, f"\n{name}: {plan[self.doing]}\n".encode())
+
+    def _end_at_once(self) -> None:
+        """After a KeyboardInterrupt: save the last finished step, unless it is saved. If it cannot be, exit."""
+        self.stopping = True
+        unsaved, alone = self.saved_step != self.step, ranks.world_size() == 1
+        if alone and unsaved and not self.weights_changed:
+            self.optimizer.zero_grad()
+            ranks.reshard(self.model)
+            if ranks.has_own_weights(self.model):
+                self.say(f"saving step {self.step}")
+                self.save()
+                unsaved = False
+        if unsaved or not alone:
+            first_lost = self.saved_step + 1
+            lost = f"steps {first_lost} to {self.step}" if first_lost < self.step else f"step {self.step}"
+            what = f"{lost} could not be saved" if unsaved else "every finished step is saved"
+            self.say(f"stopped at once, as asked; {what}. To resume: {resume_command(self.folder)}")
+            sys.exit(ranks.INTERRUPTED)
+
+    def _note_change(self, optimizer, args, kwargs) -> None:
+        self.weights_changed = True
 
     def say(self, text: str) -> None:
         """Print it once, above the progress bar."""
@@ -213,10 +303,9 @@ class Run:
 
     def summary(self) -> str:
         """The last lines: what came out and where it is, or how to resume."""
-        if self.step < self.args.steps:
-            world = ranks.world_size()
-            command = "python" if world == 1 else f"torchrun --nproc-per-node {world} --shutdown-timeout 900"
-            return f"stopped after step {self.step}, as asked. To resume: {command} train.py --resume {self.folder}"
+        if self.evaluated_step != self.args.steps:
+            where = f"after step {self.step}" if self.step else "before the first step"
+            return f"stopped {where}, as asked. To resume: {resume_command(self.folder)}"
         phases = [r["seconds"] for r in self.log.records if "seconds" in r]
         spent = {name: sum(p[name] for p in phases) for name in phases[0]}
         gain, half = mean_interval(self.final_success - self.baseline_success)
@@ -226,6 +315,13 @@ class Run:
             f"{100 * gain:+.1f} points (95 % interval {100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}), "
             f"{minutes(time.perf_counter() - self.began)}: {self.folder}"
         )
+
+
+def resume_command(folder: Path) -> str:
+    """The command that continues the run in this folder, with as many ranks."""
+    world = ranks.world_size()
+    command = "python" if world == 1 else f"torchrun --nproc-per-node {world} --shutdown-timeout 900"
+    return f"{command} train.py --resume {folder}"
 
 
 def gap_limit_at_start(dtype: str) -> float:
@@ -240,7 +336,7 @@ def new_folder(out: str | None, name: str) -> Path:
             Path("runs").mkdir(exist_ok=True)
             return next(f for i in count(1) if try_mkdir(f := Path(f"runs/{name}-{i}")))
         folder = Path(out)
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(file.name != LOCK for file in folder.iterdir()):
             raise ValueError(f"--out {out} already holds a run: give another folder, or remove it")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -275,7 +371,7 @@ def read_args(args):
         "dtype": "bfloat16" if torch.cuda.is_available() else "float32"
     }  # args.json of older runs has no dtype
     try:
-        saved = type(args)(**old_default | json.loads((Path(args.resume) / "args.json").read_text()))
+        saved = type(args)(**old_default | json.loads((Path(args.resume) / "args.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as e:
         raise ValueError(f"--resume {args.resume}: no run is there, or its args.json cannot be read ({e})") from e
     refuse_other_args(args, "steps", "dry_run")
@@ -294,7 +390,7 @@ class JsonLines:
         self.path, self.dropped_evaluation = path, False
         if ranks.rank() > 0:
             return
-        lines = path.read_text().splitlines() if resumed_at is not None and path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if resumed_at is not None and path.exists() else []
         kept = []
         for line in lines:
             try:
@@ -323,11 +419,13 @@ class Log(JsonLines):
         records = read_lines(self.path) if ranks.rank() == 0 else []
         # Only rank 0 reads the file. All ranks must agree on what to evaluate.
         self.records, self.must_evaluate_again = ranks.from_rank_0((records, self.dropped_evaluation))
-        self.report = open_report(args, folder) if ranks.rank() == 0 else None
+        self.args, self.folder, self.report = args, folder, None
 
     def __call__(self, record: dict) -> None:
         self.records.append(record)
         self.append(record)
+        if ranks.rank() == 0 and self.report is None:  # now, so that a run that never starts sends nothing
+            self.report = open_report(self.args, self.folder)
         if self.report:
             self.report(flatten_numbers(record), record["step"])
 
@@ -403,8 +501,14 @@ def describe_equal_groups(steps: list[dict]) -> str | None:
 
 
 def fingerprint(problems: list) -> str:
-    """A short name for these problems in this order. Runs with the same one can be compared problem by problem."""
-    return hashlib.sha256(json.dumps([str(p.prompt) for p in problems]).encode()).hexdigest()[:12]
+    """A short name for these problems and their answers, in this order. Runs with the same one can be compared problem
+    by problem.
+
+    Of an answer that is no text, number, list or dict of these, only the type counts: its text may hold an address.
+    """
+    content = [(str(p.prompt), getattr(p, "answer", None)) for p in problems]
+    text = json.dumps(content, default=lambda other: type(other).__name__, skipkeys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def plot(folder: Path, log: list[dict]) -> None:

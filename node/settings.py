@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 
+from node.output import print_in_any_locale
+
 # The tiny model, which comes with the code: found from any folder.
 TINY = "assets/tiny" if os.path.isdir("assets/tiny") else str(Path(__file__).parents[1] / "assets" / "tiny")
 TINY_SHAPE = {"vocab_size": 30, "hidden_size": 96, "num_hidden_layers": 12}
@@ -119,6 +121,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 def parse_args(*arguments: type):
     """The command line as instances of these dataclasses: one instance for one class, else a tuple of them."""
+    print_in_any_locale()
     parser = HfArgumentParser(
         arguments, description=arguments[0].__doc__, usage="%(prog)s [options]", formatter_class=HelpFormatter
     )

@@ -109,12 +109,12 @@ def test_two_ranks_with_vllm_train_save_and_resume(tmp_path):
     assert [r["step"] for r in log if "reward" in r] == [1, 2, 3]
     assert [r["step"] for r in log if "success" in r] == [0, 2, 3]
     assert all(r["gap_max"] < GAP for r in log if "reward" in r), "both engines were reloaded from the shards"
-    path, state = checkpoint.find_latest(tmp_path / "run")  # one process reads what two have written, both halves
+    path, _ = checkpoint.find_latest(tmp_path / "run")  # one process reads what two have written, both halves
     before, after = (AutoModelForCausalLM.from_pretrained(p) for p in ("assets/tiny", path))
     assert [p.shape for p in before.parameters()] == [p.shape for p in after.parameters()]
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
     optimizer = torch.optim.AdamW(after.parameters(), 1e-4, weight_decay=0.0, fused=True)
-    checkpoint.restore(path, state, after, optimizer)
+    checkpoint.restore(path, after, optimizer)
     moments = [optimizer.state[p]["exp_avg_sq"] for p in after.parameters()]
     assert all(m.shape == p.shape for m, p in zip(moments, after.parameters()))
     assert sum((m != 0).double().mean() for m in moments) > 0.9 * len(moments)

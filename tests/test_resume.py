@@ -100,7 +100,7 @@ def test_more_steps_may_be_added_and_nothing_else(tmp_path, capsys, uninterrupte
 DAMAGE = {
     "truncated weights": lambda c: os.truncate(c / "model.safetensors", 100_000),
     "a flipped bit in the state": lambda c: (c / "trainer.pt").write_bytes(
-        bytes(b ^ (i == 5000) for i, b in enumerate((c / "trainer.pt").read_bytes()))
+        bytes(b ^ (i == 500) for i, b in enumerate((c / "trainer.pt").read_bytes()))
     ),
     "no manifest": lambda c: (c / "manifest.json").unlink(),
     "a missing file": lambda c: (c / "tokenizer.json").unlink(),
