@@ -15,10 +15,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from node import precision, ranks
 from node.reload import clear_prefix_cache, copy_weights, share_classes
-from node.settings import load_config, load_model
+from node.settings import (
+    check_one_start,
+    end_tokens,
+    explain_start,
+    load_config,
+    load_generation_config,
+    load_model,
+)
 
 
 class Rollout(NamedTuple):
@@ -27,7 +35,7 @@ class Rollout(NamedTuple):
     prompt_ids: list[int]  # token numbers of the prompt
     ids: list[int]  # token numbers of the response
     logprobs: list[float]  # of ids, under the sampler's weights and temperature
-    text: str  # the response, special tokens left out
+    text: str  # the response as the model wrote it, without what ended it
     truncated: bool  # hit max_tokens before it ended
 
 
@@ -87,16 +95,30 @@ def encode(
 
 def tokenize(tokenizer, prompts: list[str], chat: Chat | None = None) -> list[list[int]]:
     """Token numbers of each prompt: as it is, or as a user's message in the model's own chat template."""
-    if chat is None:
-        return tokenizer(prompts).input_ids
-    if not tokenizer.chat_template:
+    if chat and not tokenizer.chat_template:
         raise ValueError(
             f"--chat: {tokenizer.name_or_path} has no chat template, it is a base model: leave --chat away"
         )
-    before = [{"role": "system", "content": chat.system}] if chat.system else []
-    chats = [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
-    options = {} if chat.thinking is None else {"enable_thinking": chat.thinking}
-    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False, **options)
+    if chat:
+        before = [{"role": "system", "content": chat.system}] if chat.system else []
+        chats = [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
+        options = {} if chat.thinking is None else {"enable_thinking": chat.thinking}
+        encoded = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False, **options)
+    else:
+        encoded = tokenizer(prompts).input_ids
+    check_one_start(tokenizer, encoded)
+    return encoded
+
+
+def read_text(tokenizer, ids: list[int], ends: Sequence[int]) -> str:
+    """The text of a response, as the model wrote it: other special tokens (<think>, for some tokenizers) stay in it.
+
+    Only what follows the text is cut off: a token that ends it, and padding.
+    """
+    length = len(ids)
+    while length and (ids[length - 1] in ends or ids[length - 1] == tokenizer.pad_token_id):
+        length -= 1
+    return tokenizer.decode(ids[:length], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 class VLLMActor:
@@ -118,9 +140,10 @@ class VLLMActor:
         dtype: str = "auto",
         chat: Chat | None = None,
     ):
-        dtype = precision.choose_dtype(dtype, load_config(path))  # ValueError, in one line, if there is no such model
-        # vLLM reads these when it is imported and when it starts. What the user has set stays.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        config = load_config(path)  # ValueError, in one line, if there is no such model
+        # vLLM reads these when it is imported and when it starts. The engine has to be in this process; else, what the
+        # user has set stays.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
@@ -136,19 +159,22 @@ class VLLMActor:
             options |= dict(distributed_executor_backend="external_launcher", tensor_parallel_size=1)
         if on_gpu:  # gpu_memory_utilization is only a start-up check here: the cache's size is set below
             options |= dict(enable_sleep_mode=sleep_mode, gpu_memory_utilization=0.05)
-        self.llm = LLM(
-            str(path),
-            dtype=dtype,
-            enforce_eager=not on_gpu,
-            max_model_len=max_model_len,
-            max_num_seqs=256,
-            kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            seed=seed,
-            **options,
-        )
+        try:
+            self.llm = LLM(
+                str(path),
+                dtype=precision.choose_dtype(dtype, config),
+                enforce_eager=not on_gpu,
+                max_model_len=max_model_len,
+                max_num_seqs=256,
+                kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
+                logprobs_mode="processed_logprobs",
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                seed=seed,
+                **options,
+            )
+        except Exception as e:  # of any kind: of vLLM's checks, or of the libraries below it
+            raise ValueError(explain_start(e, path, max_model_len, kv_cache_gib)) from e
         reloading = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
         if not reloading.handlers:  # show vLLM's warning about weights that were not loaded, whatever the log level
             reloading.addHandler(logging.StreamHandler())
@@ -157,6 +183,7 @@ class VLLMActor:
             torch.set_num_threads(threads)  # vLLM has set it to one
         share_classes(self.llm)
         self.tokenizer = self.llm.get_tokenizer()
+        self.ends = end_tokens(self.tokenizer, config, load_generation_config(path))
 
     def generate(
         self,
@@ -175,7 +202,8 @@ class VLLMActor:
 
         encoded = encode(self.tokenizer, prompts, max_tokens, self.max_model_len, self.chat)
         settings = SamplingParams(
-            n=n, max_tokens=max_tokens, temperature=temperature, stop=list(stop or ()), detokenize=bool(stop),
+            n=n, max_tokens=max_tokens, temperature=temperature, stop_token_ids=self.ends,
+            stop=list(stop or ()), detokenize=bool(stop), skip_special_tokens=False,
             logprobs=0,  # only the sampled token's log-probability
         )  # fmt: skip
         outputs = self.llm.generate(
@@ -186,7 +214,7 @@ class VLLMActor:
     def _rollout(self, prompt_ids: list[int], output, stop: Sequence[str]) -> Rollout:
         ids = list(output.token_ids)
         logprobs = [candidates[token].logprob for token, candidates in zip(ids, output.logprobs)]
-        text = cut_at(self.tokenizer.decode(ids, skip_special_tokens=True), stop)
+        text = cut_at(read_text(self.tokenizer, ids, self.ends), stop)
         return Rollout(prompt_ids, ids, logprobs, text, output.finish_reason == "length")
 
     def sleep(self) -> None:
@@ -226,7 +254,7 @@ class TorchActor:
 
     def __init__(self, model, tokenizer, max_model_len: int = 512, batch: int = 256, chat: Chat | None = None):
         self.model, self.tokenizer, self.max_model_len, self.batch = model, tokenizer, max_model_len, batch
-        self.chat = chat
+        self.chat, self.ends = chat, end_tokens(tokenizer, model.config, model.generation_config)
 
     @torch.no_grad()
     def generate(
@@ -252,24 +280,24 @@ class TorchActor:
     def _batch(
         self, encoded: list[list[int]], max_tokens: int, temperature: float, stop: Sequence[str] | None
     ) -> list[Rollout]:
-        width = max(map(len, encoded))
-        ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id  # some models have several
-        ends = ends if isinstance(ends, list) else [ends]
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else ends[0]
-        ids = torch.tensor(
-            [[pad] * (width - len(row)) + row for row in encoded], device=self.model.device
-        )  # padded left
-        attend = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=self.model.device)
-        # Set each explicitly: unset values would come from the model's generation_config.json (top_k 20, for example).
-        sampling = dict(do_sample=temperature > 0, repetition_penalty=1.0)
-        if temperature > 0:
-            sampling |= dict(temperature=temperature, top_k=0, top_p=1.0, min_p=None)
-        if stop:
-            sampling["stopping_criteria"] = [lambda so_far, scores: self._stop_now(so_far[:, width:], stop)]
-        out = self.model.generate(
-            ids, attention_mask=attend, max_new_tokens=max_tokens, pad_token_id=pad, eos_token_id=ends,
-            return_dict_in_generate=True, output_logits=True, **sampling,
+        width, device = max(map(len, encoded)), self.model.device
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in encoded], device=device)  # padded left
+        attend = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=device)
+        # transformers limits sampling to 50 tokens by itself (top_k), and takes what is not set from the model's
+        # generation_config.json. The model is lent an empty one, so that its own distribution is sampled.
+        sampling = dict(temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else {}
+        settings = GenerationConfig(
+            max_new_tokens=max_tokens, do_sample=temperature > 0, **sampling, eos_token_id=self.ends or None,
+            pad_token_id=0, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
+        criteria = [lambda so_far, scores: self._stop_now(so_far[:, width:], stop)] if stop else []
+        own, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        try:
+            out = self.model.generate(
+                ids, attention_mask=attend, generation_config=settings, stopping_criteria=criteria
+            )
+        finally:
+            self.model.generation_config = own
         new = out.sequences[:, width:]  # [B,T]
         logprobs = torch.stack(
             [
@@ -280,12 +308,12 @@ class TorchActor:
         )  # [B,T]
         rollouts = []
         for prompt_ids, row, lp in zip(encoded, new.tolist(), logprobs.tolist()):
-            length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-            whole = self.tokenizer.decode(row[:length], skip_special_tokens=True)
+            length = next((i + 1 for i, token in enumerate(row) if token in self.ends), len(row))
+            whole = read_text(self.tokenizer, row[:length], self.ends)
             text = cut_at(whole, stop)
             if text != whole:  # stopped by a text: the response ends with the first token that completes it
                 length = next(i for i in range(1, length + 1) if self._stops(row[:i], stop))
-            truncated = text == whole and row[length - 1] not in ends
+            truncated = text == whole and row[length - 1] not in self.ends
             rollouts.append(Rollout(prompt_ids, row[:length], lp[:length], text, truncated))
         return rollouts
 
@@ -295,7 +323,7 @@ class TorchActor:
         return torch.tensor([self._stops(row, stop) for row in recent], device=new.device)
 
     def _stops(self, ids: list[int], stop: Sequence[str]) -> bool:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = read_text(self.tokenizer, ids, self.ends)
         return cut_at(text, stop) != text
 
     def sleep(self) -> None:

@@ -19,7 +19,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,11 +34,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 from node import ranks
 from node.output import write_whole
-from node.settings import keep_soft_caps, load_config, load_model
+from node.settings import (
+    check_not_quantized,
+    check_shapes,
+    check_weights,
+    keep_soft_caps,
+    load_config,
+    load_generation_config,
+    load_model,
+)
 from node.weights import find_sources, from_stored, stored_groups, stored_tensors, to_stored
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: that is meant
@@ -54,11 +62,12 @@ def load_sharded(name: str, device: torch.device, dtype: str = "auto"):
     """
     if not dist.is_initialized():
         return load_model(name, str(device))[0]
+    config = load_config(name)
+    check_not_quantized(name, config)
     with _parameters_without_memory():
-        model = AutoModelForCausalLM.from_config(load_config(name), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     keep_soft_caps(model)
-    with suppress(OSError):  # a model need not have one
-        model.generation_config = GenerationConfig.from_pretrained(name)
+    model.generation_config = load_generation_config(name) or model.generation_config
     buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
     model = ranks.shard(model, device, dtype).to_empty(device=device)
     model.tie_weights()  # to_empty gives either of a tied pair memory of its own
@@ -67,25 +76,29 @@ def load_sharded(name: str, device: torch.device, dtype: str = "auto"):
     model.eval()
     try:
         folder = name if os.path.isdir(name) else snapshot_download(name, allow_patterns=["*.safetensors", "*.json"])
-        _read_weights(model, Path(folder))
+        _read_weights(model, name, Path(folder))
     except (CheckpointException, SafetensorError) as e:
         raise ValueError(f"cannot read {name!r} in shares from its .safetensors files: {_reason(e)}") from e
     return model
 
 
-def _read_weights(model, folder: Path) -> None:
-    """Read this rank's share of the weights, and the buffers. ValueError if the files lack some.
+def _read_weights(model, name: str, folder: Path) -> None:
+    """Read this rank's share of the weights, and the buffers. ValueError if the files do not fit the model.
 
     What transformers joins, such as the experts of a layer, is read whole, one such tensor at a time.
     """
-    files = {}  # the file of each stored tensor
+    files, shapes = {}, {}  # the file and the shape of each stored tensor
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            files |= dict.fromkeys(file.keys(), path)
+            for stored_name in file.keys():
+                files[stored_name], shapes[stored_name] = path, file.get_slice(stored_name).get_shape()
+    if not files:
+        raise ValueError(f"{name!r} has no .safetensors files, and only those can be read in shares")
     renamed, sources = find_sources(model, files)
-    tensors = {name: tensor.detach() for name, tensor in stored_tensors(model).items()}
+    tensors = {key: tensor.detach() for key, tensor in stored_tensors(model).items()}
     missing = tensors.keys() - renamed.values()
-    shares = {stored_name: tensors[name] for stored_name, name in renamed.items()}
+    shares = {stored_name: tensors[key] for stored_name, key in renamed.items()}
+    check_shapes(name, {stored_name: (shapes[stored_name], share.shape) for stored_name, share in shares.items()})
     dcp.load(shares, storage_reader=HuggingFaceStorageReader(str(folder)))
 
     def read(stored_name: str) -> torch.Tensor:
@@ -94,15 +107,12 @@ def _read_weights(model, folder: Path) -> None:
 
     for source in sources:
         made = from_stored(model, source, read)
-        for name in made:
-            _copy_share(tensors[name], made[name])
+        for key in made:
+            _copy_share(tensors[key], made[key])
         missing -= made.keys()
         del made  # or it would be held while the next is made
-    if missing:
-        raise ValueError(
-            f"cannot read the model in shares: the .safetensors files in {folder} lack {len(missing)} of its weights, "
-            f"for example {min(missing)}"
-        )
+    joined = {stored_name for source in sources for stored_name, _ in source.parts}
+    check_weights(name, model, missing, files.keys() - renamed.keys() - joined - model.state_dict().keys())
 
 
 def _copy_share(tensor: torch.Tensor, whole: torch.Tensor) -> None:

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import tasks
@@ -200,7 +199,7 @@ def check_resumed(args, checkpoint: Path, state: dict, problems: dict[str, list]
 def print_plan(args) -> None:
     """--dry_run: print what would be done, from the model's configuration, tokenizer and data only."""
     train_set, test_set = load_problems(args, load_tokenizer(args.model, args.max_model_len))
-    shape, world = AutoConfig.from_pretrained(args.model), ranks.world_size()
+    shape, world = load_config(args.model), ranks.world_size()
     longest_pass = max(args.micro_tokens, args.max_model_len)  # a row is never split
     weights, gib = memory.describe(
         shape, world, longest_pass, args.kv_cache_gib, 4 if args.dtype == "float32" else 2,
@@ -278,7 +277,7 @@ def load(args, source: str | Path, device: torch.device, state: dict | None = No
     ranks.reshard(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-        for module in model.modules():  # only these modules read .training for it, so dropout stays off
+        for module in model.modules():  # these recompute only in training mode; load_config has set dropout to 0
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
     return model, tokenizer, train_set, test_set

@@ -65,7 +65,7 @@ def split_text(ids: list[int], tokenizer) -> list[str]:
     """
     texts, start, done = [], 0, 0  # ids[start:done] is before what is decoded next, and its text is known
     for end in range(1, len(ids) + 1):
-        known, longer = tokenizer.decode(ids[start:done]), tokenizer.decode(ids[start:end])
+        known, longer = (tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False) for stop in (done, end))
         is_unfinished = longer.endswith(UNFINISHED) and end - done < WINDOW and end < len(ids)
         if is_unfinished:
             texts.append("")
