@@ -16,14 +16,15 @@ width of the MLP. H is the number of heads. FSDP2 shards over W GPUs. Each GPU h
                            the third c is the attention's output for q and the values for k, which are as wide
         log-sum-exp        4 H
         MLP                4c m    gate, its SiLU, up, and their product
+        maps               4 H N   only in float32 with grouped heads, which torch does not fuse there: a row of each
+                           head's attention map; N is the longest row (--max_model_len)
       and once, (4 + 2c) d: the last norm and the states that the head reads. With gradient checkpointing a layer keeps
       only its input, c d, and one layer at a time has all of the above again.
       The gradients that flow back through a layer add 2c (m + d).
     logits                 12 bytes each: float32 logits, log-probabilities and gradient of one chunk (grpo.CHUNK)
     vLLM, on the same GPU  c P (the whole model) and the cache, --kv_cache_gib: 4 k bytes a token and layer
 
-In float32 on one GPU nothing is gathered and nothing is reduced. But torch does not fuse grouped heads in float32
-there, so attention maps are added: 4 H N bytes per token and layer.
+FSDP2 gathers and reduces on one GPU too, in buffers of its own.
 
 vLLM sleeps while the trainer works (level 2: it keeps neither weights nor cache). So the peak is the larger one of the
 two phases, generate and train. Without sleep it is their sum, where the weights and the moments count once.
@@ -75,8 +76,10 @@ def parameters(config) -> tuple[int, int, int]:
     return count[0], max(count[1:]), max(p.numel() for p in model.parameters())
 
 
-def activations(config, dtype_bytes: int = 2, checkpointing: bool = False) -> tuple[int, int]:
+def activations(config, dtype_bytes: int = 2, checkpointing: bool = False, longest_row: int = 0) -> tuple[int, int]:
     """Bytes per token: what the forward pass keeps for the backward pass, and what the backward pass adds at its peak.
+
+    longest_row: for the maps; 0 leaves them out.
 
     >>> kept, added = activations(qwen3("0.6B"))
     >>> kept // 2**10, added // 2**10
@@ -86,6 +89,8 @@ def activations(config, dtype_bytes: int = 2, checkpointing: bool = False) -> tu
     d, m, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     q, k = heads * head_width(config), config.num_key_value_heads * head_width(config)
     layer = 2 * (4 + 2 * c) * d + (4 + 3 * c) * (q + k) + 4 * heads + 4 * c * m
+    if c == 4 and config.num_key_value_heads < heads:
+        layer += 4 * heads * longest_row
     kept = config.num_hidden_layers * (c * d if checkpointing else layer) + (4 + 2 * c) * d
     return kept, checkpointing * layer + 2 * c * (m + d)
 
@@ -112,22 +117,24 @@ def estimate(
     kv_cache_gib: float = 0.5,
     dtype_bytes: int = 2,
     checkpointing: bool = False,
+    longest_row: int | None = None,
 ) -> dict[str, float]:
     """GiB on each GPU by part, then by phase (train, generate), then the peak when vLLM sleeps and when it stays awake.
 
     config is a transformers config; world the number of GPUs; micro_tokens at least the longest row of a batch, which
-    is never split; dtype_bytes the forward pass's (2: bfloat16, 4: float32).
+    is never split; dtype_bytes the forward pass's (2: bfloat16, 4: float32); longest_row in tokens (default: a whole
+    pass).
     """
     total, layer, largest = parameters(config)
     root = total - layer * config.get_text_config().num_hidden_layers
-    copied = world > 1 or dtype_bytes < 4  # else the pass computes with the master copy itself
+    row = micro_tokens if longest_row is None else longest_row
     gib = {
         "weights": 4 * total / world,
         "gradients": 4 * total / world,
         "AdamW": 8 * total / world,
-        "gathered": copied * dtype_bytes * (2 * layer + root),
-        "unreduced gradients": copied * (dtype_bytes * (layer + root) + 4 * max(layer, root)),
-        "activations": micro_tokens * sum(activations(config, dtype_bytes, checkpointing)),
+        "gathered": dtype_bytes * (2 * layer + root),
+        "unreduced gradients": dtype_bytes * (layer + root) + 4 * max(layer, root),
+        "activations": micro_tokens * sum(activations(config, dtype_bytes, checkpointing, row)),
         "logits": 12 * min(CHUNK, micro_tokens * config.get_text_config().vocab_size),
         "vLLM weights": dtype_bytes * total,
         "vLLM cache": kv_cache_gib * GIB,

@@ -203,7 +203,7 @@ def print_plan(args) -> None:
     longest_pass = max(args.micro_tokens, args.max_model_len)  # a row is never split
     weights, gib = memory.describe(
         shape, world, longest_pass, args.kv_cache_gib, 4 if args.dtype == "float32" else 2,
-        args.gradient_checkpointing,
+        args.gradient_checkpointing, longest_row=args.max_model_len,
     )  # fmt: skip
     ranks.print_once(
         f"{args.model}: {weights}, {world} process(es)\n"

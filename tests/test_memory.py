@@ -106,15 +106,14 @@ def test_weights_gradients_and_moments_are_counted_exactly(tied):
         ("weights", [*model.parameters()]), ("gradients", [p.grad for p in model.parameters()]), ("AdamW", moments)
     ):  # fmt: skip
         assert round(gib[name] * memory.GIB) == sum(x.nbytes for x in tensors), name
-    assert gib["gathered"] == gib["unreduced gradients"] == 0, "float32 on one GPU needs no copy"
 
 
-def shard(rank, world, store, out):
+def shard(rank, world, dtype, store, out):
     """A rank of an FSDP2 run on the CPU: bytes of weights, gradients and moments, and a pass's peak beyond them."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     model = make(config(6))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if dtype == "bfloat16" else MixedPrecisionPolicy()
     for layer in model.model.layers:
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
@@ -134,15 +133,22 @@ def shard(rank, world, store, out):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_fsdp2_shards_and_gathers_as_the_formula_says(world, tmp_path):
-    torch.multiprocessing.spawn(shard, (world, tmp_path / "store", tmp_path / "out"), nprocs=world)
+@pytest.mark.parametrize("world, dtype", [(1, "bfloat16"), (1, "float32"), (2, "bfloat16")])
+def test_fsdp2_shards_and_gathers_as_the_formula_says(world, dtype, tmp_path):
+    torch.multiprocessing.spawn(shard, (world, dtype, tmp_path / "store", tmp_path / "out"), nprocs=world)
     weights, gradients, moments, peak = torch.load(tmp_path / "out")
-    gib = memory.estimate(config(6), world=world)
+    gib = memory.estimate(config(6), world=world, dtype_bytes=2 if dtype == "bfloat16" else 4)
     for name, measured in (("weights", weights), ("gradients", gradients), ("AdamW", moments)):
         assert gib[name] * memory.GIB == pytest.approx(measured, rel=0.01), name
     if world == 1:  # with more, gloo makes copies of its own; with one, no next layer is on its way
         assert 0.8 < peak / ((gib["gathered"] + gib["unreduced gradients"]) * memory.GIB) < 1
+
+
+def test_float32_on_a_gpu_keeps_the_maps_of_grouped_heads():
+    shape, tokens, row = memory.qwen3("0.6B"), 2048, 512
+    without, with_maps = (memory.activations(shape, 4, False, longest)[0] for longest in (0, row))
+    assert (with_maps - without) * tokens == 4 * 28 * 16 * (tokens // row) * row**2, "a map [N,N] a row, head and layer"
+    assert memory.activations(shape, 2, False, row) == memory.activations(shape, 2)
 
 
 def test_phases_and_peaks():
