@@ -7,6 +7,7 @@ differ.
 
 import gc
 import logging
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -184,6 +185,9 @@ class VLLMActor:
         share_classes(self.llm)
         self.tokenizer = self.llm.get_tokenizer()
         self.ends = end_tokens(self.tokenizer, config, load_generation_config(path))
+        (first,) = self.generate([[0]], max_tokens=1, temperature=0.0)[0]
+        if not math.isfinite(first.logprobs[0]):
+            raise ValueError(f"{path!r}: log-probabilities are not finite, so a weight is NaN or infinite")
 
     def generate(
         self,

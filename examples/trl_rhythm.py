@@ -48,7 +48,8 @@ class RhythmGRPOTrainer(GRPOTrainer):
 
     The signals come from the pass in which TRL scores pi_old, which gives TRL's own log-probs. Where TRL makes no such
     pass, because its ratio is 1 by construction, one is added. TRL's log gets credit/gamma, the mean over tokens, and
-    the shares of tokens with and without credit whose ratio is clipped. ValueError for what this cannot follow.
+    the shares of tokens with and without credit whose ratio is clipped. ValueError for what this cannot follow, for
+    example GPT-2, to which padding in front of a prompt counts as text.
     """
 
     def __init__(self, *args, credit: str = "coupled", sign: str = "both", q: float = 0.4, amp: float = 1.5,
@@ -120,6 +121,8 @@ class RhythmGRPOTrainer(GRPOTrainer):
         """Signals of the last `keep` tokens [B,keep], in passes of as many rows as TRL's."""
         n = input_ids.shape[1]
         mask = attention_mask.bool() & (torch.arange(n, device=input_ids.device) >= n - keep)
+        if self.batches == 0:
+            self._check_padding(input_ids[:1][attention_mask[:1].bool()][:16])
 
         def passes(rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             size = self.args.per_device_train_batch_size
@@ -146,6 +149,28 @@ class RhythmGRPOTrainer(GRPOTrainer):
             )
             parts.append(seen[:4])
         return Signals(*(torch.cat(x)[:, -keep:] for x in zip(*parts)), self.heads)
+
+    @torch.no_grad()
+    def _check_padding(self, ids: Tensor) -> None:
+        """ValueError for a model whose log-probs of these tokens [N] change with padding in front of them.
+
+        TRL pads prompts on the left and gives no positions. The signals come from rows without that padding. So pi_old
+        would be another distribution than the one that TRL's loss divides by it, and the first ratio would not be 1.
+        """
+        n, real = len(ids), torch.ones_like(ids)
+        alone, padded = (
+            super(RhythmGRPOTrainer, self)._get_per_token_logps_and_entropies(
+                self.model, pad(ids, (padding, 0))[None], pad(real, (padding, 0))[None], n - 1
+            )[0]
+            for padding in (0, n)
+        )
+        in_float32 = next(self.model.parameters()).dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
+        apart = (alone - padded).abs().mean().item()
+        if not apart < (1e-3 if in_float32 else 0.05):
+            raise ValueError(
+                f"{type(self.model).__name__} counts padding in front of a prompt as text (log-probs differ by "
+                f"{apart:.2g}), so TRL scores it otherwise than it samples: credit {self.credit!r} cannot follow"
+            )
 
     def _score(self, model, input_ids: Tensor, mask: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
         """TRL's log-probs and entropy of right-padded rows, at its temperature and precision; [B,N], 0 outside mask."""

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import re
 import sys
@@ -31,6 +32,9 @@ TINY = "assets/tiny" if os.path.isdir("assets/tiny") else str(Path(__file__).par
 TINY_SHAPE = {"vocab_size": 30, "hidden_size": 96, "num_hidden_layers": 12}
 # Files of a model that are looked at before it is loaded
 JSON_FILES = ("generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json")
+
+# transformers prints a table of weights that are missing or left over. check_weights says it in one line.
+logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
 
 
 def load_config(name: str):
@@ -151,7 +155,8 @@ def check_files(name: str) -> None:
 
 def in_one_line(e: Exception) -> str:
     """What an exception of a library says, in one line that is not too long."""
-    return " ".join(str(e).split())[:250] or type(e).__name__
+    text = repr(e) if isinstance(e, LookupError) else str(e)  # a KeyError's text is only the key
+    return " ".join(text.split())[:250]
 
 
 def check_length(name: str, config, tokens: int, argument: str) -> None:
@@ -219,6 +224,8 @@ def load_generation_config(name: str) -> GenerationConfig | None:
         return GenerationConfig.from_pretrained(name)
     except OSError:
         return None
+    except Exception as e:  # of any kind: for an unknown value, or for a list in place of an object
+        raise ValueError(f"{name}, generation_config.json: {in_one_line(e)}") from e
 
 
 def end_tokens(tokenizer, config, generation_config: GenerationConfig | None) -> list[int]:
@@ -234,7 +241,7 @@ def end_tokens(tokenizer, config, generation_config: GenerationConfig | None) ->
         for end in given if isinstance(given, list) else [] if given is None else [given]:
             if not isinstance(end, int):
                 raise ValueError(
-                    f"{tokenizer.name_or_path}, {file}: eos_token_id {given}: must be a number or a list of numbers"
+                    f"{tokenizer.name_or_path}, {file}: eos_token_id {given!r}: must be a number or a list of numbers"
                 )
             ends.add(end)
     return sorted(end for end in ends if 0 <= end < config.vocab_size)  # no other number is ever sampled
@@ -242,13 +249,12 @@ def end_tokens(tokenizer, config, generation_config: GenerationConfig | None) ->
 
 def explain_start(e: Exception, name: str, max_model_len: int, kv_cache_gib: float) -> str:
     """Why vLLM does not start, in one line and in terms of our own arguments."""
-    needed = re.search(r"\(([\d.]+) GiB KV cache is needed", str(e))
-    if needed:
-        return (
-            f"--kv_cache_gib {kv_cache_gib:g}: too small, one sequence of --max_model_len {max_model_len} needs "
-            f"{needed[1]}"
-        )
-    return f"vLLM does not start with {name!r} ({type(e).__name__}: {in_one_line(e)})"
+    text = in_one_line(e)
+    needed = re.search(r"\(([\d.]+) GiB KV cache is needed", text)
+    if needed or "memory for the cache blocks" in text:
+        advice = f": give {float(needed[1]) + 0.01:.2f} or more" if needed else ""  # vLLM has rounded it
+        return f"--kv_cache_gib {kv_cache_gib:g} is too small for a sequence of --max_model_len {max_model_len}{advice}"
+    return f"vLLM does not start with {name!r}: {type(e).__name__}: {text}"
 
 
 def is_tiny(name: str) -> bool:

@@ -62,7 +62,7 @@ def reward(completion_ids, **_):
     return [float(len(set(ids))) for ids in completion_ids]
 
 
-def trainer(kind=Rhythm, steps=2, peft=None, horizon=HORIZON, **changes):
+def trainer(kind=Rhythm, steps=2, peft=None, horizon=HORIZON, path=TINY, **changes):
     """A trainer of 16 rollouts a batch in two minibatches. Credit's settings and TRL's may both be given."""
     names = ("credit", "amp", "q", "lowest", "sign", "heads_every")
     ours = {name: changes.pop(name) for name in names if name in changes}
@@ -74,7 +74,7 @@ def trainer(kind=Rhythm, steps=2, peft=None, horizon=HORIZON, **changes):
     )  # fmt: skip
     from datasets import Dataset
 
-    model, tokenizer = load_model(TINY, "cpu")
+    model, tokenizer = load_model(path, "cpu")
     rows = Dataset.from_list([{"prompt": p.prompt} for p in tasks.load("countdown-tiny", "train", 32)])
     made = kind(
         model,
@@ -91,7 +91,7 @@ def trainer(kind=Rhythm, steps=2, peft=None, horizon=HORIZON, **changes):
     def count(module, args, kwargs):  # passes that score, not those that generate
         made.passes += kwargs.get("use_cache") is False and not torch.is_grad_enabled()
 
-    model.model.register_forward_pre_hook(count, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(count, with_kwargs=True)
     return made
 
 

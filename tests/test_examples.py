@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import credit
 from examples import trl_rhythm
@@ -44,8 +45,9 @@ def test_uniform_is_trl_to_the_bit(plain):
     assert torch.equal(ours["completion_ids"], first["completion_ids"])
     torch.testing.assert_close(ours["advantages"], first["advantages"][:, None] * ours["gamma"])
     assert [b["passes"] for b in plain.batches_seen] == [2, 2]
-    # Before the first step three for the check of the model and two for the head split; never twice for pi_old.
-    assert [b["passes"] for b in coupled.batches_seen] == [7, 2]
+    # Before the first step two to see what padding does, three for the check of the model and two for the head split;
+    # never twice for pi_old.
+    assert [b["passes"] for b in coupled.batches_seen] == [9, 2]
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(gradient_accumulation_steps=2, steps=1)])
@@ -65,6 +67,16 @@ def test_pi_old_is_trls_own(changes):
     assert torch.equal(a["completion_ids"], b["completion_ids"]) and a["old_per_token_logps"].std() > 0.1
     close = dict(rtol=0, atol=0.1 if "bf16" in changes else 1e-4)
     torch.testing.assert_close(b["old_per_token_logps"], a["old_per_token_logps"] * a["completion_mask"], **close)
+
+
+def test_a_model_to_which_padding_counts_as_text_is_refused(tmp_path):
+    """GPT-2 without positions numbers the padding too, and TRL gives none: pi_old would not be what the loss has."""
+    config = GPT2Config(vocab_size=30, n_positions=512, n_embd=32, n_layer=4, n_head=4, eos_token_id=1, pad_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    settings.load_tokenizer(settings.TINY).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel counts padding .* credit 'coupled' cannot follow") as e:
+        trained(steps=1, path=str(tmp_path))
+    assert "\n" not in str(e.value)
 
 
 def test_gradient_accumulation_changes_nothing():
