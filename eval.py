@@ -20,7 +20,7 @@ from transformers.hf_argparser import HfArg
 
 import tasks
 from node import ranks
-from node.checkpoint import list_checkpoints
+from node.checkpoint import list_checkpoints, read_args
 from node.output import markdown, mean_interval, write_whole
 from node.settings import TINY, fill_defaults, load_tokenizer, parse_args
 from rollout import Rollout, chat, encode, start_actor
@@ -186,6 +186,20 @@ def last_checkpoint(model: str) -> str:
     return str(found[-1])
 
 
+def find_other_prompts(model: str, args: Args) -> str | None:
+    """What to say if train.py trained this checkpoint with other prompts or stops than it is evaluated with."""
+    trained = read_args(model)
+    pairs = {name: (trained[name], getattr(args, name)) for name in ("chat", "system", "thinking") if name in trained}
+    if trained.get("task") in args.task:  # each task has its own stops
+        pairs["stop"] = trained["stop"], tasks.stops(trained["task"], args.stop, args.chat)
+    others = [
+        f"--{name} {then} then, {now} now" for name, (then, now) in pairs.items() if (then or None) != (now or None)
+    ]
+    if not others:
+        return None
+    return f"warning: {model} was trained with other settings, so its scores may be too low: {'; '.join(others)}"
+
+
 def plan(args: Args) -> list[tuple[dict, list[tasks.Problem]]]:
     """What to evaluate: (settings, problems) of each checkpoint and benchmark. ValueError for what cannot work."""
     for name in ("samples", "max_tokens"):
@@ -245,6 +259,8 @@ def main(args: Args) -> None:
         args, note = fill_defaults(args, DEFAULTS, *args.model)
         print(note)
         steps = plan(args)
+        for warning in filter(None, (find_other_prompts(model, args) for model in args.model)):
+            print(warning)
         out = Path(args.out) if args.out else None
         results = read(out) if out else []
         if out:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from node import precision, ranks
-from node.reload import clear_prefix_cache, copy_weights, share_classes
+from node.reload import clear_prefix_cache, copy_weights, share_classes, wake
 from node.settings import (
     check_one_start,
     end_tokens,
@@ -233,10 +233,10 @@ class VLLMActor:
         A sleeping engine is woken in this order: memory for the weights, the weights, memory for the cache.
         """
         if self.asleep:
-            self.llm.wake_up(tags=["weights"])
+            wake(self.llm, "weights")
         copy_weights(self.llm, model)
         if self.asleep:
-            self.llm.wake_up(tags=["kv_cache"])
+            wake(self.llm, "kv_cache")
             self.asleep = False
         clear_prefix_cache(self.llm)
 

@@ -411,7 +411,7 @@ def main(args: Args, credit: Callable[..., Tensor] | None = None) -> None:
         weights = {"params": [*model.parameters()], "initial_lr": args.lr}
         optimizer = torch.optim.AdamW([weights], args.lr, weight_decay=0.0, fused=True)
         problems = prepare.identify_problems(train_set, test_set)
-        run = Run(args, folder, model, tokenizer, optimizer, state, problems)
+        run = Run(args, folder, model, tokenizer, optimizer, state=state, problems=problems)
         run.say(f"{run.folder}: starting {args.engine} from {source}")
         sampler = start_actor(
             args.engine, str(source), args.max_model_len, args.seed, args.kv_cache_gib, model, tokenizer,
@@ -434,7 +434,7 @@ def main(args: Args, credit: Callable[..., Tensor] | None = None) -> None:
         )  # fmt: skip
         run.log_evaluation(torch.tensor(ranks.all_gather(rewards.tolist())).mean(1), test_set)
 
-    with run.stopping_softly():  # Ctrl-C and SIGTERM: the run ends after the current step, saved
+    with run.stopping_softly():  # Ctrl-C and SIGTERM end the run, saved: see node/run.py
         if run.evaluation_is_due:
             evaluate_held_out()
         while not run.is_done:

@@ -248,9 +248,19 @@ def steps(loop: Loop) -> str:
     gap = max(r["gap_mean"] for r in records)
     require(gap < limit, f"the sampler's log-probabilities differ from the trainer's by {gap:.2g} on average: as above")
     require(all(r["skipped"] == 0 for r in records), "a gradient was not finite")
+    runner = describe_runner(loop.actor)
     slept = "slept and woke" if getattr(loop.actor, "sleeps", False) else "no sleep on this device"
     where = describe_attention(loop.model, loop.heads.layers)
-    return f"gap {gap:.0e}, reward {records[-1]['reward']:.2f}, {slept}; {where}"
+    return f"gap {gap:.0e}, reward {records[-1]['reward']:.2f}, {slept}{runner}; {where}"
+
+
+def describe_runner(actor) -> str:
+    """Which of vLLM's model runners is at work on a GPU, and how to take the other one. vLLM chooses by model."""
+    if not hasattr(actor, "llm") or not torch.cuda.is_available():
+        return ""
+    if actor.llm.llm_engine.vllm_config.use_v2_model_runner:
+        return ", vLLM's model runner V2 (VLLM_USE_V2_MODEL_RUNNER=0 takes V1, should V2 fail)"
+    return ", vLLM's model runner V1"
 
 
 def reload(loop: Loop) -> str:
@@ -454,6 +464,8 @@ def two_ranks(args: Args) -> str:
 def main(args: Args, train) -> None:
     """All checks. train: the module, whose step is checked."""
     began, failed = time.perf_counter(), []
+    with ranks.errors_in_one_line():
+        load_config(args.model)
 
     def check(name: str, run: Callable[[], str]) -> None:
         start = time.perf_counter()

@@ -22,15 +22,16 @@ def open_folder(args) -> Iterator[Path]:
     does not start, for whatever reason, a folder that is new is removed, unless something is in it.
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    is_new, existed, folder = not args.resume, bool(args.out) and Path(args.out).exists(), args.resume
+    existed = bool(args.out) and Path(args.out).exists()
+    folder, is_ours = args.resume, False
     try:
         if ranks.rank() == 0:
-            if is_new:
-                folder = new_folder(args.out, f"{Path(args.task).stem}-{args.credit}")
+            folder = args.resume or new_folder(args.out, f"{Path(args.task).stem}-{args.credit}")
             lock(Path(folder))
+            is_ours = True
         yield Path(ranks.from_rank_0(folder))
     except BaseException:
-        if is_new and folder and ranks.rank() == 0:
+        if is_ours and not args.resume:
             remove_if_empty(Path(folder), keep_folder=existed)
         raise
     finally:

@@ -76,8 +76,9 @@ def errors_in_one_line() -> Iterator[None]:
     """Within the context, errors that a user can cause end the run with one line; those of a bug have their traceback.
 
     - ValueError, OSError: wrong arguments, data or files. The message says what to do.
-    - ImportError, RuntimeError, MemoryError, SafetensorError, if a library raises them: a package that is missing, a
-      GPU without memory, a file that cannot be read. The line names the library, and our line that called it.
+    - ImportError, RuntimeError, SafetensorError, if a library raises them: a package that is missing, a GPU that cannot
+      be used, a file that cannot be read. The line names the library, and our line that called it.
+    - MemoryError, torch.OutOfMemoryError: the host or the GPU has too little memory.
     - KeyboardInterrupt: Ctrl-C before anything was trained.
     """
     try:
@@ -87,7 +88,8 @@ def errors_in_one_line() -> Iterator[None]:
     except (ImportError, RuntimeError, MemoryError, SafetensorError) as e:
         calls = traceback.extract_tb(e.__traceback__)
         ours = [call for call in calls if _is_ours(call.filename)]
-        if not ours or calls[-1] is ours[-1]:  # raised in our own code
+        is_memory = isinstance(e, (MemoryError, torch.OutOfMemoryError))
+        if calls[-1] is ours[-1] and not is_memory:  # raised in our own code
             raise
         what = (str(e).strip().splitlines() or ["no message"])[0]
         exit_with_error(

@@ -20,6 +20,19 @@ def copy_weights(llm, model) -> None:
         llm.apply_model(_pack_heads)
 
 
+def wake(llm, what: str) -> None:
+    """Give a sleeping vLLM its memory on the GPU again, for its "weights" or its "kv_cache"."""
+    try:
+        llm.wake_up(tags=[what])
+    except RuntimeError as e:  # CUDA's, and vLLM's own
+        reason = (str(e).strip().splitlines() or ["?"])[0]
+        ranks.exit_with_error(
+            f"vLLM cannot take back the GPU memory of its {what} after it has slept: {reason}. Another process may use "
+            "this GPU: see nvidia-smi. If none does, lower --micro_tokens or --kv_cache_gib. Then resume from the last "
+            "checkpoint"
+        )
+
+
 def clear_prefix_cache(llm) -> None:
     """Forget keys and values that were computed with the old weights. vLLM refuses while a request still runs."""
     if not llm.reset_prefix_cache():

@@ -114,7 +114,7 @@ class Run:
         The seeds depend on --seed and the step only. So evaluations do not change what is sampled in training, and a
         run that is resumed samples as if it had not been stopped.
         """
-        self.doing, self.weights_changed = STEP, False
+        self.doing = STEP
         set_seed(self._seed("step"))
         return self.next_problems(problems), self.generator()
 
@@ -136,7 +136,7 @@ class Run:
 
     def finish_step(self, record: dict) -> None:
         """Log a step, save when due, and stop a run that cannot go on."""
-        self.doing = SAVING
+        self.doing, self.weights_changed = SAVING, False
         self.step += 1
         self.data_position += record["problems"]
         sample = record.pop("sample")
@@ -228,6 +228,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint. If it cannot be written, the run ends."""
+        self.doing = SAVING
         state = {
             "step": self.step,
             "data_position": self.data_position,

@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,6 +81,7 @@ def loop():
 @pytest.mark.vllm
 def test_steps_and_the_reload(loop, monkeypatch):
     assert "gap" in check.steps(loop)
+    assert loop.actor.llm.llm_engine.vllm_config.use_v2_model_runner is False, "the name that describe_runner reads"
     assert "a skipped reload is noticed" in check.reload(loop)
     assert "% of a step" in check.cost(loop)
 
@@ -138,6 +140,24 @@ def test_one_wrong_tensor_is_named(loop, monkeypatch):
         with pytest.raises(SystemExit, match="names no weight of Qwen3ForCausalLM as the trainer does"):
             stale.find_stale_weight(loop.actor, loop.model, generator)
     assert stale.count_comparable(loop.actor, loop.model) == (2 + 12 * 8 + 1, 2 + 12 * 8 + 1)
+
+
+def test_a_model_that_is_not_there_stops_the_check_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(check, "versions", None)
+    with pytest.raises(SystemExit, match=r"^error: cannot load a model from 'no/such/place'") as e:
+        check.main(check.Args(model="no/such/place"), train)
+    assert "\n" not in str(e.value) and not capsys.readouterr().out
+
+
+def test_on_a_gpu_vllms_model_runner_is_named(monkeypatch):
+    def actor(uses_v2):
+        config = SimpleNamespace(use_v2_model_runner=uses_v2)
+        return SimpleNamespace(llm=SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config)))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert check.describe_runner(actor(True)).endswith("V2 (VLLM_USE_V2_MODEL_RUNNER=0 takes V1, should V2 fail)")
+    assert check.describe_runner(actor(False)).endswith("runner V1")
+    assert check.describe_runner(SimpleNamespace()) == "", "--engine torch"
 
 
 def test_kill_and_resume(monkeypatch):

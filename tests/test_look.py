@@ -3,7 +3,9 @@
 The page's script runs in a real browser: without Chromium those tests are skipped."""
 
 import html
+import io
 import json
+import locale
 import math
 import re
 import shutil
@@ -17,6 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
+import eval as evaluation
 import train
 from node import look, samples, settings
 from node import run as node_run
@@ -450,3 +453,21 @@ def test_a_run_that_learns_nothing_says_so_once_in_a_while(tmp_path, monkeypatch
     said = [line for line in capsys.readouterr().out.splitlines() if "nothing was learned" in line]
     assert [line.split(":")[0] for line in said] == ["step 5", "step 8"]
     assert all(line.endswith(f"python -m node.look {tmp_path}/run") and "--max_tokens" in line for line in said)
+
+
+# ---- other locales ----
+
+
+def test_in_an_ascii_locale_the_page_is_written_and_everything_is_printed(pair, tmp_path, monkeypatch):
+    before, printed = locale.setlocale(locale.LC_CTYPE), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii"))
+    try:
+        locale.setlocale(locale.LC_CTYPE, "C")
+        look.main([str(pair[0]), "--out", str(tmp_path / "look.html")])
+        monkeypatch.setattr(sys, "argv", ["eval.py"])
+        settings.parse_args(evaluation.Args)
+        print("25.0 ± 3.8", flush=True)
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+    assert b"25.0 ? 3.8" in printed.getvalue()
+    assert "γ" in (tmp_path / "look.html").read_text(encoding="utf-8")

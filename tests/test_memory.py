@@ -4,10 +4,18 @@ import pytest
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    OPTConfig,
+    Qwen3Config,
+)
 
 import grpo
-from node import memory
+from node import memory, prepare
 
 VOCABULARY = 1000
 BYTES = {torch.float32: 4, torch.bfloat16: 2}
@@ -179,3 +187,34 @@ def test_the_table_has_every_model_on_one_and_on_eight():
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in memory.table().splitlines()]
     assert len({len(r) for r in rows}) == 1
     assert [tuple(r[:2]) for r in rows[2:]] == [(size, n) for size in memory.QWEN3 for n in ("1", "8")]
+
+
+# Kinds that can be trained and lack a size that the formula counts.
+OTHERS = [
+    GPT2Config(n_layer=2, n_embd=32, n_head=2),
+    GPTNeoXConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=48),
+    MambaConfig(num_hidden_layers=2, hidden_size=32),
+    OPTConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, ffn_dim=48, word_embed_proj_dim=32),
+]
+
+
+@pytest.mark.parametrize("shape", OTHERS, ids=lambda shape: shape.model_type)
+def test_a_plan_says_in_one_line_why_there_is_no_memory_in_it(shape):
+    weights, gib = memory.describe(shape, 1, micro_tokens=512)
+    with torch.device("meta"):
+        count = AutoModelForCausalLM.from_config(shape).num_parameters()
+    assert weights == f"{count:,} weights" and "\n" not in gib
+    assert gib.startswith(f"GiB on each GPU: not computed, because the formula does not fit {shape.model_type} (")
+    assert prepare.describe_layers(shape).startswith("2 layers. ")
+
+
+def test_a_plan_of_a_model_that_cannot_be_made_says_so(monkeypatch):
+    def from_config(config):
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors\nmore")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", from_config)
+    weights, gib = memory.describe(OTHERS[0])
+    assert (
+        weights == "its weights cannot be counted without making them (Tensor.item() cannot be called on meta tensors)"
+    )
+    assert gib.startswith("GiB on each GPU: not computed") and "\n" not in gib
