@@ -1,4 +1,4 @@
-# make demo, make check, make test, make smollm, make words, make lint. Each installs .venv first, if it is missing or
+# make demo, make check, make test, make verl, make smollm, make words, make lint. Each installs .venv first, if it is missing or
 # requirements.txt has changed.
 PYTHON ?= python3
 BIN = .venv/bin
@@ -14,6 +14,9 @@ check: .venv/ok ## Check that this machine can train: versions, numbers, a step,
 
 test: .venv/ok  ## Run all tests (9 minutes on two cores).
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+verl: .venv-verl/ok ## Install verl, without GPU, and test the credit in it (10 minutes on two cores).
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -c tests/with_verl/pytest.ini --rootdir tests/with_verl tests/with_verl
 
 smollm: runs/smollm/tokenizer.json ## Get a real language model with 135 million weights for the laboratory (2 minutes).
 runs/smollm/tokenizer.json: | .venv/ok
@@ -50,4 +53,13 @@ else
 endif
 	touch .venv/ok
 
-.PHONY: help demo check test smollm words lint
+# An environment of its own, because verl wants older transformers.
+.venv-verl/ok: examples/requirements-verl.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "error: $(PYTHON) is not Python 3.11 to 3.13. Name one, for example: make verl PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/pip install -r examples/requirements-verl.txt || { echo "If pip found no torch==2.13.0+cpu: set" \
+		"PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds (its Get Started page names it) and try again."; exit 1; }
+	touch .venv-verl/ok
+
+.PHONY: help demo check test verl smollm words lint

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import create_position_bias_mask
 
 # ---- 1. Attention with its log-sum-exp ----
 
@@ -261,6 +260,8 @@ def _recording_function(recorded: dict, every_layer: bool, sdpa: Callable | None
         query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation makes these two float32
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if kwargs.get("position_bias") is not None:
+            from transformers.integrations.sdpa_attention import create_position_bias_mask  # transformers 5.10 has none
+
             attention_mask = create_position_bias_mask(kwargs["position_bias"], attention_mask, True, query, key)
         softcap = None if sdpa else kwargs.get("softcap")  # transformers' sdpa leaves the soft-cap out
         positions = kwargs.get("position_ids")

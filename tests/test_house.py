@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [p for p in ROOT.rglob("*.py") if not {".venv", "runs", "tests"} & set(p.relative_to(ROOT).parts)]
+SOURCES = [
+    p for p in ROOT.rglob("*.py") if not {".venv", ".venv-verl", "runs", "tests"} & set(p.relative_to(ROOT).parts)
+]
 ALGORITHM = ("attention", "heads", "metrics", "credit", "grpo")
 LOOP = ("rollout", "train", "eval")
 
