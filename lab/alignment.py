@@ -1,50 +1,49 @@
-"""Why does a credit learn faster, or not? How well the gradient of one minibatch points to where success rises.
+"""Directions: how well does the gradient of one minibatch point to where success rises, under each arm?
 
-    python -m lab.alignment                                    the tiny model before training
-    python -m lab.alignment --model runs/NAME/checkpoint-40    after it
+    python -m lab.alignment --out lab/records/directions/tiny.json      the tiny model before training
+    python -m lab.alignment --model runs/NAME/checkpoint-40             after it
+    python -m lab.report directions                                     the tables, from the committed records
 
 A learning curve is noisy: two runs that differ by nothing but rounding end some points apart. This measures the arms of
-lab.experiment at a fixed policy instead. Of many rollouts one half gives the gradient of expected success by its
+lab/arms.py at a fixed policy instead. Of many rollouts one half gives the gradient of expected success by its
 definition, REINFORCE,
 
     grad J = mean over responses of (r - b) sum_t grad log pi(y_t),   b the mean reward of the group's other responses
 
 without gamma, division by std or by length. On the other half each arm makes the gradient of a minibatch, as the first
 update of a step does (Eq. 12-13 at ratio 1). To first order a step of given length raises success in proportion to the
-cosine between the two, so that relative cosines are relative speeds; the noise in grad J lowers all alike.
+cosine between the two, so relative cosines are relative speeds. All are given in per cent more than uniform's:
 
     one minibatch     mean cosine of the minibatches' gradients: what a single step is worth
-    all minibatches   cosine of their mean: what is left when momentum and many steps have averaged the noise
-    AdamW             as the first, each weight's gradient divided by its root mean square over the minibatches
-    with uniform's    cosine of the arm's whole gradient with uniform's: what is missing to 1 is all that it changes
+    all minibatches   cosine of their expectation: what is left when many steps have averaged the noise. The square of
+                      its norm is estimated without bias (stats.mean_of_pairs).
+    AdamW             what AdamW's own update is worth, <update, grad J>: gradients clipped at norm 1, momentum and
+                      second moments from the minibatches before it, of which the first ten only warm the state
     signal, noise     the shares that the credited tokens hold. With C their part of uniform's gradient g, signal is
-                      <C, grad J> / <g, grad J>, and noise cov(C, g) / var(g) over the minibatches. A little
+                      <E C, grad J> / <E g, grad J>, and noise cov(C, g) / var(g) over the minibatches. A little
                       more gamma raises the signal by the one share and the noise by the other, so where noise
                       dominates, a credit points better if its tokens hold more of the signal than of the noise.
-    gamma at choices  mean gamma, weighted by entropy, over mean gamma: above 1 where credit goes to tokens that the
-                      model is unsure of. Where it is sure, gamma multiplies a gradient of nearly 0.
 
-Differences to uniform in per cent of it, paired by minibatch, 95 % bootstrap over minibatches; grad J is taken as it
-came out, so what its own noise does to an arm is in no interval.
+Intervals: a jackknife over the minibatches and over the parts that grad J is made of, so that the noise of both is in
+them. The record holds the inner products that all this is computed from, and no gradient.
 
 How much can gamma gain? If the credited share q of the tokens holds all of the signal and q of the noise, gamma
 multiplies the signal by gamma and the noise's variance by q gamma^2 + 1 - q. While noise dominates, the cosine grows by
 gamma / sqrt(q gamma^2 + 1 - q): 22 % with 1.5 and 40 %. It can be more where their share of the noise is below q.
 
     python -m lab.truth --out runs/truth                       what each token was worth, half an hour
-    python -m lab.alignment --truth runs/truth --minibatch 2   three arms more, which know it
-
-Two arms of lab/wording.py credit, in Countdown in words, what decides: "content" puts gamma on numbers, operators and
-whether to go on, "wording" on the words around them.
+    python -m lab.alignment --truth runs/truth                 three arms more, which know it
 
 With --truth the minibatches are those responses, and all problems sampled here serve grad J. "oracle" puts gamma on the
 tokens of truly largest |dV|: what a perfect signal could do with coupled's gamma and q, or with a q below the share of
-choices. "VinePPO" has dV itself for its advantage: what there is to be had from knowing where credit belongs. A second
-table says which tokens hold the signal and the noise, by what the token is: those of most entropy, then all others.
+choices. "VinePPO" has dV itself for its advantage. "tokens" in the record says which tokens hold the signal and the
+noise, by what the token is: those of most entropy, then all others.
 """
 
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -52,32 +51,26 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 import credit
 import tasks
-import train
 from grpo import check_logits, group_advantages, micro_batches, shape_advantages, token_logprobs
-from lab import experiment, truth, wording
-from lab.report import visible
-from lab.truth_tables import signals_of, without_first
-from metrics import Signals
+from lab import arms, truth
+from lab.signals import signals_of
+from lab.stats import Estimate, jackknife, mean_of_pairs, means_without
 from node import precision
-from node.output import markdown
+from node.output import markdown, visible, write_whole
 from node.settings import TINY, fill_defaults, load_model, parse_args
 from rollout import pad_batch, start_actor
 
 ORACLES = {"oracle": 0.4, "oracle, q 0.1": 0.1}  # and the share of tokens that each credits
-FIRST_OUT = {f"{arm}, first token out": arm for arm in ("local", "global", "coupled")}  # arms without lab/sinks.py's
 SLICE = 2**22  # weights that are looked at together
 LARGE = 10**7  # weights of a model whose gradients are kept in bfloat16: 20 of 135 million take 5 GiB
-DEFAULTS = {  # of arguments that are not given: for the tiny model and what is trained from it; for any other model
-    "task": ("countdown-tiny", "countdown-words"),
-    "max_tokens": (128, 256),
-    "kv_cache_gib": (0.5, 8.0),
-}
+WARM = 10  # updates that only warm AdamW's state; as many make a block of the jackknife, for momentum links them
 SHOWN = 10  # tokens shown by themselves
+COLUMNS = ("one minibatch", "all minibatches", "AdamW", "signal", "noise")
 
 
 @dataclass
@@ -90,19 +83,23 @@ class Args:
         help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the tiny model, countdown-words).",
     )
     arms: list[str] = HfArg(
-        default_factory=lambda: [*experiment.MAIN, *experiment.ABLATIONS],
-        help=f"As of lab.experiment, or of: {'; '.join([*FIRST_OUT, *wording.KINDS])}; uniform is added.",
+        default_factory=lambda: [*arms.MAIN, *arms.ABLATIONS, *arms.LOUD],
+        help=f"Some of: {'; '.join(arms.ARMS)}; uniform is added.",
     )
     truth: str | None = HfArg(default=None, help="Folder of lab.truth: the arms' responses, and three arms more.")
     problems: int = HfArg(default=512, help="Training problems; half of them for grad J, all of them with --truth.")
-    gamma_amp: float = HfArg(default=1.5, help="Of all arms.")
+    parts: int = HfArg(default=32, help="Parts that grad J is made of, for its interval.")
+    gamma_amp: float = HfArg(default=1.5, help="Of arms that do not name their own.")
     group: int = HfArg(default=8, help="G, responses to each problem.")
-    minibatch: int = HfArg(default=8, help="Problems in a minibatch.")
+    minibatch: int = HfArg(default=2, help="Problems in a minibatch.")
     max_tokens: int | None = HfArg(default=None, help="Longest response (default: 128 for the tiny model, 256).")
     kv_cache_gib: float | None = HfArg(default=None, help="vLLM's cache (default: 0.5 for the tiny model, 8).")
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
     seed: int = HfArg(default=0, help="Seed of problems and sampling.")
-    out: str = HfArg(default="alignment.md", help="File for the table.")
+    out: str = HfArg(default="directions.json", help="File for the record.")
+
+
+# ---- Gradients and their inner products ----
 
 
 def gradient(model, input_ids: Tensor, mask: Tensor, weights: Tensor, rows: Tensor, tokens: int = 1024) -> Tensor:
@@ -116,73 +113,160 @@ def gradient(model, input_ids: Tensor, mask: Tensor, weights: Tensor, rows: Tens
     return flat
 
 
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """The inner products of rows of a and of b, [rows of a, rows of b] float32, a slice of the weights at a time."""
-    return sum(x.float() @ y.float().T for x, y in zip(a.split(SLICE, 1), b.split(SLICE, 1)))
+def gradients(model, input_ids: Tensor, mask: Tensor, weights: Tensor, pieces: tuple[Tensor, ...]) -> Tensor:
+    """The gradient of each piece (row numbers). [pieces, weights]"""
+    size = sum(p.numel() for p in model.parameters())
+    kept = torch.empty(len(pieces), size, dtype=torch.bfloat16 if size > LARGE else torch.float32, device=mask.device)
+    for row, piece in zip(kept, pieces):
+        row.copy_(gradient(model, input_ids, mask, weights, piece))
+    return kept
 
 
-def speeds(gradients: Tensor, target: Tensor, draws: Tensor) -> np.ndarray:
-    """The three cosines of the docstring's head under each weighting of the minibatches. [draws,3]
+def inner(a: Tensor, b: Tensor) -> np.ndarray:
+    """The inner products of rows of a and of b, [rows of a, rows of b], a slice of the weights at a time."""
+    found = sum(x.float() @ y.float().T for x, y in zip(a.split(SLICE, 1), b.split(SLICE, 1)))
+    return found.double().cpu().numpy()
 
-    gradients [M,weights], target [weights], draws [draws,M], each row summing to 1.
+
+def adamw_updates(gradients: Tensor, rows: int):
+    """AdamW's updates of unit learning rate for these minibatches (of so many rows) in turn, clipped as in training.
+
+    Yields the updates after the first WARM, [weights] each; the tensor is written anew each time.
     """
-    gram, along, length = inner(gradients, gradients), inner(gradients, target[None])[:, 0], target.norm()
-    each = along / (gram.diagonal().sqrt() * length).clamp(min=1e-20)
-    squares, dots = torch.zeros(2, len(gradients), device=target.device)
-    for x, t in zip(gradients.split(SLICE, 1), target.split(SLICE)):
-        x = x.float() / x.float().square().mean(0).sqrt().clamp(min=1e-12)
-        squares, dots = squares + x.square().sum(1), dots + x @ t
-    preconditioned = dots / (squares.sqrt() * length).clamp(min=1e-20)
-    size = torch.einsum("dm,mn,dn->d", draws, gram, draws).sqrt() * length
-    return torch.stack([draws @ each, draws @ along / size, draws @ preconditioned], 1).cpu().numpy()
+    flat = torch.nn.Parameter(torch.zeros_like(gradients[0], dtype=torch.float32))
+    optimizer = torch.optim.AdamW([flat], lr=1.0, weight_decay=0.0)
+    for i, g in enumerate(gradients):
+        flat.data.zero_()
+        flat.grad = -g.float() / rows  # a loss falls; it is a mean over rows
+        torch.nn.utils.clip_grad_norm_([flat], 1.0)
+        optimizer.step()
+        if i >= WARM:
+            yield flat.detach()
 
 
-def shares(credited: Tensor, uniform: Tensor, target: Tensor, draws: Tensor) -> np.ndarray:
-    """The shares of signal and of noise that the credited tokens hold, under each weighting: [draws,2].
+def products(gram: np.ndarray) -> dict[str, list[float]]:
+    """What is kept of a matrix of inner products [M,M]: its diagonal, and row i plus column i."""
+    return {"diagonal": rounded(gram.diagonal()), "sums": rounded(gram.sum(0) + gram.sum(1))}
 
-    credited and uniform [M,weights]: the minibatches' gradients from the credited tokens and from all of them.
+
+def rounded(x) -> list:
+    """Six digits."""
+    return [rounded(row) for row in x] if np.ndim(x) > 1 else [float(f"{v:.6g}") for v in x]
+
+
+def measure(arm: Tensor, uniform: Tensor, target: Tensor, rows: int, amp: float | None) -> dict:
+    """The record of an arm: inner products of its minibatches' gradients [M,weights] with the parts of grad J."""
+    updates = [inner(u[None], target)[0] for u in adamw_updates(arm, rows)]
+    return {
+        "gamma_amp": amp,
+        "along": rounded(inner(arm, target)),  # [M,P]
+        **products(inner(arm, arm)),
+        "with uniform": products(inner(arm, uniform)),
+        "adamw": rounded(np.array(updates).reshape(-1, len(target))),  # [M - WARM, P]
+    }
+
+
+# ---- Statistics of a record ----
+
+
+def norms(products: dict) -> np.ndarray:
+    """The norm of the expected gradient, without each piece and of all; nan where its square is not above 0. [M+1]"""
+    squares = mean_of_pairs(np.array(products["diagonal"]), np.array(products["sums"]))
+    return np.sqrt(np.where(squares > 0, squares, np.nan))
+
+
+def cosines(arm: dict) -> tuple[np.ndarray, np.ndarray]:
+    """The two cosines with grad J times its norm, with pieces left out: [M+1,P+1] each."""
+    along = np.array(arm["along"])
+    lengths = np.maximum(np.sqrt(arm["diagonal"]), 1e-30)  # a minibatch of equal rewards has gradient 0, cosine 0
+    each = means_without(along / lengths[:, None])
+    return each, means_without(along) / norms(arm)[:, None]
+
+
+def covariance(products: dict) -> np.ndarray:
+    """The covariance over minibatches, without each and of all. [M+1]"""
+    diagonal = np.array(products["diagonal"])
+    return means_without(diagonal[:, None])[:, -1] - mean_of_pairs(diagonal, np.array(products["sums"]))
+
+
+def shares(part: dict, uniform: dict, scale: float = 1.0) -> tuple[Estimate, Estimate]:
+    """Shares of signal and noise, in per cent, of uniform's gradient that a part of it holds.
+
+    part is the record of that part's gradient; or of an arm = uniform + scale * part, and scale is given.
     """
-    signal = (draws @ inner(credited, target[None])) / (draws @ inner(uniform, target[None]))
-
-    def covariance(gram: Tensor) -> Tensor:
-        return draws @ gram.diagonal() - torch.einsum("dm,mn,dn->d", draws, gram, draws)
-
-    noise = covariance(inner(credited, uniform)) / covariance(inner(uniform, uniform))
-    return torch.stack([signal[:, 0], noise], 1).cpu().numpy()
+    less = 0.0 if scale == 1.0 else 1.0
+    signal = means_without(np.array(part["along"])) / means_without(np.array(uniform["along"])) - less
+    noise = covariance(part["with uniform"]) / covariance(uniform) - less
+    return jackknife(100 * signal / scale), jackknife(100 * noise / scale)
 
 
-def gamma_of(
-    name: str, args: Args, signals: dict[str, Signals], mask: Tensor, known: dict[str, Tensor]
-) -> tuple[Tensor, str]:
-    """An arm's gamma [B,N] and the advantages it applies to; `known` are the arms whose tokens [B,N] are."""
-    if name in known:
-        return 1 + (args.gamma_amp - 1) * known[name], "both"
-    flags = [*experiment.ARMS[FIRST_OUT.get(name, name)], f"--gamma_amp={args.gamma_amp}"]
-    (arm,) = HfArgumentParser(train.Args).parse_args_into_dataclasses(flags)
-    seen = signals["first token out" if name in FIRST_OUT else "all heads" if arm.all_heads else ""]
-    gamma = credit.assign_credit(
-        arm.credit, seen, mask, q=arm.q, amp=arm.gamma_amp, alpha=arm.alpha, k=arm.k, lowest=arm.lowest,
-        produced=arm.on_produced, generator=torch.Generator().manual_seed(args.seed),
-    )  # fmt: skip
-    return gamma, arm.sign
+def adamw_worth(arm: dict) -> np.ndarray:
+    """What AdamW's updates are worth, with blocks of WARM updates left out. [blocks+1,P+1]"""
+    updates = np.array(arm["adamw"])
+    blocks = len(updates) // WARM
+    return means_without(updates[: blocks * WARM].reshape(blocks, WARM, -1).sum(1))
+
+
+def compare(arm: dict, uniform: dict) -> dict[str, Estimate | None]:
+    """Per cent more than uniform, by column; signal and noise are shares. None where there are too few minibatches."""
+    found: dict[str, Estimate | None] = dict.fromkeys(COLUMNS)
+    for name, of_arm, of_uniform in zip(COLUMNS[:2], cosines(arm), cosines(uniform)):
+        found[name] = jackknife(100 * (of_arm / of_uniform - 1))
+    if len(arm["adamw"]) >= 3 * WARM:
+        found["AdamW"] = jackknife(100 * (adamw_worth(arm) / adamw_worth(uniform) - 1))
+    if arm["gamma_amp"]:
+        found["signal"], found["noise"] = shares(arm, uniform, arm["gamma_amp"] - 1)
+    return found
+
+
+def table(record: dict) -> list[list[str]]:
+    """A line an arm; for uniform its two cosines with grad J."""
+    uniform = record["arms"]["uniform"]
+    length = norms(record["target"])[None]
+    cells = [jackknife(c / length).text(".3f") for c in cosines(uniform)]
+    rows = [["arm", *COLUMNS], ["uniform: cosine", *cells, "", "", ""]]
+    for name, arm in record["arms"].items():
+        if name == "uniform":
+            continue
+        found = compare(arm, uniform)
+        forms = ("+.1f", "+.1f", "+.1f", ".0f", ".0f")
+        rows.append([name, *("" if e is None else e.text(form) for e, form in zip(found.values(), forms))])
+    return rows
+
+
+def token_table(record: dict) -> list[list[str]]:
+    """Which tokens hold the signal and the noise."""
+    rows = [["token", "of all tokens, %", "of entropy", "of ΔV²", "signal", "noise"]]
+    for name, part in record["tokens"].items():
+        held = shares(part, record["arms"]["uniform"])
+        rows.append([name, *(f"{x:.0f}" for x in part["shares"]), *(e.text(".0f") for e in held)])
+    return rows
+
+
+# ---- The measurement ----
 
 
 def checked(args: Args) -> truth.Measured | None:
     """The measurement of --truth, if any; ValueError for arguments that cannot be."""
-    arms = [*experiment.MAIN, *experiment.ABLATIONS, *experiment.TRIED, *FIRST_OUT, *wording.KINDS]
-    if unknown := set(args.arms) - {*arms}:
-        raise ValueError(f"--arms {', '.join(sorted(unknown))}: not of {'; '.join(arms)}")
-    if set(args.arms) & {*wording.KINDS} and args.task != "countdown-words":
-        raise ValueError(f"--arms {' '.join(wording.KINDS)}: are of --task countdown-words, not {args.task}")
-    if args.group < 2 or args.minibatch < 1:
-        raise ValueError(f"--group {args.group} --minibatch {args.minibatch}: two responses and one problem at least")
+    if unknown := set(args.arms) - arms.ARMS.keys():
+        raise ValueError(f"--arms {', '.join(sorted(unknown))}: not of {'; '.join(arms.ARMS)}")
+    if set(args.arms) & arms.BY_TEXT.keys() and args.task != "countdown-words":
+        raise ValueError(f"--arms {' '.join(arms.BY_TEXT)}: are of --task countdown-words, not {args.task}")
+    if args.group < 2 or args.minibatch < 1 or args.parts < 3:
+        raise ValueError(
+            f"--group {args.group} --minibatch {args.minibatch} --parts {args.parts}: two responses, one problem and "
+            "three parts at least"
+        )
     if not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: no such folder")
+    for_target = args.problems if args.truth else args.problems // 2
+    if for_target < args.parts or for_target % args.parts:
+        raise ValueError(
+            f"--problems {args.problems}: must be a multiple of {args.problems // for_target * args.parts}"
+        )
     if not args.truth:
-        if args.problems % (2 * args.minibatch) or args.problems < 4 * args.minibatch:
-            raise ValueError(
-                f"--problems {args.problems}: must be a multiple of {2 * args.minibatch}, twice that or more"
-            )
+        if for_target % args.minibatch or for_target < 3 * args.minibatch:
+            raise ValueError(f"--minibatch {args.minibatch}: must divide {for_target}, three times or more")
         return None
     found = truth.read(args.truth)
     count = found.args.responses // args.group
@@ -191,14 +275,16 @@ def checked(args: Args) -> truth.Measured | None:
     for name in ("model", "task", "group", "max_tokens"):
         if getattr(found.args, name) != getattr(args, name):
             raise ValueError(f"--{name} {getattr(args, name)}: --truth {args.truth} has {getattr(found.args, name)}")
-    if count % args.minibatch or count < 2 * args.minibatch:
-        raise ValueError(f"--minibatch {args.minibatch}: does not divide the {count} problems of --truth, or only once")
+    if count % args.minibatch or count < 3 * args.minibatch:
+        raise ValueError(
+            f"--minibatch {args.minibatch}: must divide the {count} problems of --truth, three times or more"
+        )
     return found
 
 
 def main(args: Args) -> None:
     try:
-        args, note = fill_defaults(args, DEFAULTS, args.model)
+        args, note = fill_defaults(args, truth.DEFAULTS, args.model)
         print(note)
         found = checked(args)
         model, tokenizer = load_model(args.model)
@@ -208,104 +294,78 @@ def main(args: Args) -> None:
         actor = start_actor(args.engine, args.model, 512, args.seed, args.kv_cache_gib, model, tokenizer)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    rollouts = actor.generate([p.prompt for p in problems], args.group, args.max_tokens, progress=True)
+    # 1. Sample. Half of the responses are for grad J, the rest are the arms'; with --truth all are for grad J.
+    groups = actor.generate([p.prompt for p in problems], args.group, args.max_tokens, progress=True)
     actor.close()
-    rewards = torch.tensor(
-        [[tasks.get(args.task).reward(p, r.text) for r in group] for p, group in zip(problems, rollouts)]
-    )
-    rollouts, device = [r for group in rollouts for r in group], model.device
-    first = len(rollouts) if found else len(rollouts) // 2  # responses for grad J; the rest is the arms'
+    reward = tasks.get(args.task).reward
+    rewards = torch.tensor([[reward(p, r.text) for r in group] for p, group in zip(problems, groups)])
+    rollouts, device = [r for group in groups for r in group], model.device
+    first = len(rollouts) if found else len(rollouts) // 2
+
+    # 2. grad J in parts.
     baseline = (rewards.sum(1, keepdim=True) - rewards) / (args.group - 1)
     centred = (rewards - baseline).flatten()[:first, None].to(device)
     input_ids, mask, _ = (x.to(device) for x in pad_batch(rollouts[:first]))
-    target = gradient(model, input_ids, mask, centred * mask, torch.arange(first, device=device))
+    target = gradients(model, input_ids, mask, centred * mask, torch.arange(first, device=device).chunk(args.parts))
 
+    # 3. The arms' responses: signals, advantages, minibatches.
     if found:
         rollouts, rewards = found.rollouts, found.rewards.view(-1, args.group)
     else:
         rollouts, rewards = rollouts[first:], rewards[first // args.group :]
     input_ids, mask, _ = (x.to(device) for x in pad_batch(rollouts))  # [B,N]
-    signals = {name: signals_of(model, input_ids, mask, all_heads=bool(name)) for name in ("", "all heads")}
-    if set(args.arms) & FIRST_OUT.keys():
-        signals["first token out"] = without_first(signals[""], model, input_ids, mask)
-    known = {}
-    if set(args.arms) & {*wording.KINDS}:
-        known |= dict(zip(wording.KINDS, wording.marked(tokenizer, input_ids, mask)))
-    if found:
-        decisive = found.values.delta[0].abs().to(device)
-        known |= {name: credit.top_q(decisive, mask, q) for name, q in ORACLES.items()}
     advantages = group_advantages(rewards).flatten().to(device)
     per_token = mask / mask.sum(1, keepdim=True).clamp(min=1)
-    minibatches = torch.arange(len(mask), device=device).split(args.minibatch * args.group)
-    share = np.full(len(minibatches), 1 / len(minibatches))
-    resampled = np.random.default_rng(0).multinomial(len(share), share, 2000) / len(share)
-    draws = torch.tensor(np.vstack([share, resampled])).float().to(device)  # [1 + resamples, M]: first as it is
+    rows = args.minibatch * args.group
+    minibatches = torch.arange(len(mask), device=device).split(rows)
 
-    def gradients(weights: Tensor) -> Tensor:
-        kept = torch.bfloat16 if len(target) > LARGE else torch.float32
-        found = torch.empty(len(minibatches), len(target), dtype=kept, device=device)
-        for row, part in zip(found, minibatches):
-            row.copy_(gradient(model, input_ids, mask, weights * per_token, part))
-        return found
+    @cache
+    def seen(all_heads: bool):
+        return signals_of(model, input_ids, mask, all_heads=all_heads)
 
-    def cell(values: np.ndarray, form: str) -> str:
-        value, low, high = (format(x, form) for x in (values[0], *np.quantile(values[1:], [0.025, 0.975])))
-        return f"{value} ({low} to {high})"
+    def gradients_of(gamma: Tensor, sign: str = "both") -> Tensor:
+        return gradients(model, input_ids, mask, shape_advantages(advantages, gamma, sign) * per_token, minibatches)
 
-    columns = [
-        "one minibatch",
-        "all minibatches",
-        "AdamW",
-        "with uniform's",
-        "signal",
-        "noise",
-        "mean γ",
-        "γ at choices",
-    ]
-    table = [["arm", *columns]]
-    uniform = gradients(shape_advantages(advantages, torch.ones_like(per_token)))
-    base, own = speeds(uniform, target, draws), inner(uniform, uniform).sum()
-    table.append(["uniform", *(f"{cosine:.3f}" for cosine in base[0]), "1.000", "", "", "1.00", "1.00"])
-    arms = [*([*ORACLES, "VinePPO"] if found else []), *(a for a in args.arms if a != "uniform")]
-    for name in tqdm(arms, desc="arms"):
+    uniform = gradients_of(torch.ones_like(per_token))
+    record = {
+        "args": asdict(args), "responses": len(mask), "success": rewards.mean().item(),
+        "target": products(inner(target, target)), "arms": {"uniform": measure(uniform, uniform, target, rows, None)},
+    }  # fmt: skip
+
+    # 4. Arm by arm; the record is written after each, because on a large model each takes minutes.
+    known = {name: credit.top_q(found.values.delta[0].abs().to(device), mask, q) for name, q in ORACLES.items()} \
+        if found else {}  # fmt: skip
+    for name in tqdm([*known, *(["VinePPO"] if found else []), *(a for a in args.arms if a != "uniform")], desc="arms"):
         if name == "VinePPO":
-            gamma, weights = None, found.values.delta[0].to(device)
+            amp, arm = (
+                None,
+                gradients(model, input_ids, mask, found.values.delta[0].to(device) * per_token, minibatches),
+            )
+        elif name in known:
+            amp, arm = args.gamma_amp, gradients_of(1 + (args.gamma_amp - 1) * known[name])
         else:
-            gamma, sign = gamma_of(name, args, signals, mask, known)
-            weights = shape_advantages(advantages, gamma, sign)
-        arm = gradients(weights)
-        gain = 100 * (speeds(arm, target, draws) / base - 1)  # [draws,3]
-        cells = [cell(x, "+.1f") for x in gain.T]
-        cells.append(f"{inner(arm, uniform).sum() / (own * inner(arm, arm).sum()).sqrt():.3f}")
-        if gamma is None:
-            cells += [""] * 4
-        else:
-            held = (shares(arm, uniform, target, draws) - 1) / (args.gamma_amp - 1)  # of C = (arm - g) / (gamma - 1)
-            cells += [cell(100 * x, ".0f") for x in held.T]
-            entropy = signals[""].entropy[mask]
-            mean, choices = gamma[mask].mean(), (gamma[mask] * entropy).sum() / entropy.sum()
-            cells += [f"{mean:.2f}", f"{choices / mean:.2f}"]
-        table.append([name, *cells])
-        Path(args.out).write_text(markdown(table) + "\n")  # arm by arm: on a large model each takes minutes
-        del arm
-    text = markdown(table)
+            amp = arms.ARMS[name].settings.get("gamma_amp", args.gamma_amp)
+            arm = gradients_of(*arms.gamma_of(arms.ARMS[name], seen, mask, input_ids, model, tokenizer, amp, args.seed))
+        record["arms"][name] = measure(arm, uniform, target, rows, amp)
+        write_whole(Path(args.out), json.dumps(record))
+
+    # 5. The tokens that hold signal and noise, where it is known what they were worth.
     if found:
-        square, entropy = found.values.square[0].to(device), signals[""].entropy
+        square, entropy = found.values.square[0].to(device), seen(False).entropy
         kinds = torch.zeros(len(tokenizer), device=device).index_add(0, input_ids[mask], entropy[mask]).topk(SHOWN)
         rest = ~torch.isin(input_ids, kinds.indices) & mask
-        rows = [["token", "of all tokens, %", "of entropy", "of ΔV²", "signal", "noise"]]
+        record["tokens"] = {}
         for token in (*kinds.indices.tolist(), None):
             at = rest if token is None else (input_ids == token) & mask
-            held = shares(gradients(shape_advantages(advantages, at.float())), uniform, target, draws)
-            parts = [100 * (x * at).sum() / (x * mask).sum() for x in (mask, entropy, square)]
-            name = "all others" if token is None else f"`{visible(tokenizer.decode([token]))}`"
-            rows.append([name, *(f"{part:.0f}" for part in parts), *(cell(100 * x, ".0f") for x in held.T)])
-        text += "\n\n" + markdown(rows)
-    Path(args.out).write_text(text + "\n")
-    print(
-        f"{text}\n\nuniform: cosine with the gradient of success; others: % more than uniform. {len(minibatches)} "
-        f"minibatches of {args.minibatch * args.group} responses, {100 * rewards.mean():.1f} % right: {args.out}"
-    )
+            part = gradients_of(at.float())
+            record["tokens"]["all others" if token is None else f"`{visible(tokenizer.decode([token]))}`"] = {
+                "shares": [(100 * (x * at).sum() / (x * mask).sum()).item() for x in (mask, entropy, square)],
+                "along": rounded(inner(part, target)), "with uniform": products(inner(part, uniform)),
+            }  # fmt: skip
+    write_whole(Path(args.out), json.dumps(record))
+    print("\n\n".join(markdown(t) for t in (table(record), *([token_table(record)] if found else []))))
+    print(f"\nuniform: cosine with the gradient of success; others: % more. {len(minibatches)} minibatches of "
+          f"{rows} responses, {100 * record['success']:.1f} % right: {args.out}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ Samples a response to each problem, looks at every head's maps, and writes a fol
 over, all tables, all pictures, in one file), the pictures as PNG, tables.md, and analysis.json with every figure.
 
 Where this departs from the paper, and why:
-1. What a peak is, it does not say; linkage.py states ours and shows two more.
+1. What a peak is, it does not say; linkage.py states ours.
 2. The continuation that a forced token is compared with is the greedy one from the same place with the token that stood
    there, so that the token is all that differs; the sampled rest would differ by its own chance as well.
-3. Matched controls, separators by themselves, the same tables for other layers and splits, and for a model of the same
-   shape with random weights are added: position and structure alone could make a link.
+3. Matched controls, separators by themselves (Table 1), the same links for other layers and splits, and for a model of
+   the same shape with random weights are added: position and structure alone could make a link.
 4. Entropy is that of the model's own distribution (temperature 1), as training sees it, whatever the sampling was.
 """
 
@@ -36,7 +36,7 @@ from attention import attention_maps, recording
 from eval import evaluate
 from grpo import check_logits
 from heads import layer_range, split_heads
-from lab import linkage, perturb, report, sinks, truth
+from lab import linkage, perturb, pictures, sinks, truth
 from node.output import markdown, minutes
 from node.run import new_folder, refuse_other_args, write_args
 from node.settings import TINY, check_length, fill_defaults, load_model, parse_args
@@ -90,23 +90,6 @@ def by_layers_and_split(looks: dict[str, linkage.PerHead]) -> dict[str, dict]:
     return {name: linkage.table(linkage.responses_of(looks[where], q)[0]) for name, (where, q) in ways.items()}
 
 
-def separators(tokenizer, rollouts: list, responses: list[linkage.Response]) -> dict[str, float]:
-    """The share of separators (perturb.is_separator) among all tokens that have FAI, its peaks, and T_glob."""
-    flags, peaks, t_glob = [], [], []
-    for rollout, response in zip(rollouts, responses):
-        able = ~np.isnan(response["FAI"])
-        flags += [perturb.is_separator(tokenizer.decode([t])) for t, ok in zip(rollout.ids, able) if ok]
-        peaks += (linkage.peaks(response["FAI"]) == 1)[able].tolist()
-        fai = torch.tensor(np.nan_to_num(response["FAI"]))[None]
-        t_glob += credit.top_q(fai, torch.ones_like(fai, dtype=torch.bool), 0.4, fai > 0)[0][able].tolist()
-    flags, peaks, t_glob = np.array([flags, peaks, t_glob])
-    return {
-        "all tokens": float(flags.mean()),
-        "FAI peaks": float(flags[peaks].mean()),
-        "T_glob, the 40 % of highest FAI": float(flags[t_glob].mean()),
-    }
-
-
 def described(task, tokenizer, problem, rollout, response: linkage.Response) -> dict:
     """One response for the page: its tokens, and what the tip of each says."""
     tokens = [tokenizer.decode([t]) for t in rollout.ids]
@@ -120,7 +103,7 @@ def described(task, tokenizer, problem, rollout, response: linkage.Response) -> 
     }
     delta = credit.waad_change(waad, mask)
     tips = [
-        f"{report.visible(token)}\nposition {t}\nWAAD {waad[0, t]:.2f}\nΔ {delta[0, t]:.2f}\n"
+        f"{pictures.visible(token)}\nposition {t}\nWAAD {waad[0, t]:.2f}\nΔ {delta[0, t]:.2f}\n"
         f"FAI {response['FAI'][t]:.4f}\nentropy {entropy[0, t]:.3f}\n"
         + "\n".join(f"γ {name} {g[0, t]:.2f}" for name, g in gamma.items())
         for t, token in enumerate(tokens)
@@ -218,11 +201,9 @@ def main(args: Args) -> None:
         "success": rewards.mean().item(),
         "receiver heads in H_glob": overlap,
         "first token": sinks.table(looks["middle"].spans, other_spans, looks["middle"].first),
-        "table 2": {definition: linkage.table(responses, definition) for definition in tqdm(linkage.PEAKS, "linkage")},
-        "floor": {definition: linkage.table(floor, definition) for definition in linkage.PEAKS},
+        "table 2": linkage.table(responses),
+        "floor": linkage.table(floor),
         "by layers and split": by_layers_and_split(looks),
-        "offsets": linkage.offsets(responses),
-        "separators": separators(tokenizer, rollouts, responses),
     }  # fmt: skip
     if args.positions:
         found["table 1"] = perturb.table(
@@ -237,31 +218,23 @@ def main(args: Args) -> None:
     maps = mean_maps(
         model, r.prompt_ids + r.ids, len(r.prompt_ids), layers["middle"], looks["middle"].spans, args.drop_first
     )
-    tokens = [report.visible(tokenizer.decode([t])) for t in r.ids]
-    report.maps_figure(*maps, responses[shown], tokens, folder / "maps.png")
-    report.forest_figure(found, folder / "linkage.png")
-    report.offsets_figure(found, folder / "offsets.png")
-    if args.positions:
-        report.perturbation_figure(found, folder / "perturbation.png")
-
+    tokens = [pictures.visible(tokenizer.decode([t])) for t in r.ids]
+    pictures.maps_figure(*maps, responses[shown], tokens, folder / "maps.png")
     order = [shown, *(i for i in long if i != shown)][:PAGES]
     texts = [described(tasks.get(args.task), tokenizer, problems[i], rollouts[i], responses[i]) for i in order]
-    title, tables = f"Preplan and anchor in {args.model}", report.tables(found)
+    title, tables = f"Preplan and anchor in {args.model}", pictures.tables(found)
     intro = (
         f"{len(rollouts)} responses to {args.data or args.task}, temperature {args.temperature}, "
         f"{100 * found['success']:.1f} % right. "
         f"{100 * overlap:.0f} % of the receiver heads are global heads (30 % by chance)."
     )
-    names = ("maps", "linkage", "offsets", "perturbation")
-    images = [path for name in names if (path := folder / f"{name}.png").exists()]
-    (folder / "index.html").write_text(report.page(title, intro, tables, texts, images))
+    (folder / "index.html").write_text(pictures.page(title, intro, tables, texts, [folder / "maps.png"]))
     text = "\n\n".join(f"### {name}\n\n{markdown(rows)}" for name, rows in tables.items())
     (folder / "tables.md").write_text(f"{args.model}: {intro}\n\n{text}")
     (folder / "analysis.json").write_text(json.dumps(found, indent=1))
 
     print(text)
-    main = found["table 2"][linkage.PEAKS[0]]
-    lifts = ", ".join(f"{name} {100 * main[name]['lift'][0]:+.0f} %" for name in report.PAPER_LINKS)
+    lifts = ", ".join(f"{name} {100 * found['table 2'][name]['lift'][0]:+.0f} %" for name in pictures.PAPER_LINKS)
     print(f"lifts over random: {lifts}; {minutes(time.perf_counter() - started)}: {folder}/index.html")
 
 

@@ -1,6 +1,7 @@
 """The decisive experiment: does coupled credit make the first ten steps better than plain GRPO?
 
     python -m lab.decisive --worker 0 2 & python -m lab.decisive --worker 1 2     one process a core; resumable
+    python -m lab.decisive --table                                                what the runs say, however many
 
 PROTOCOL, written before the first run.
 
@@ -39,6 +40,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import get_constant_schedule_with_warmup, set_seed
@@ -49,6 +51,9 @@ import train
 from credit import assign_credit
 from eval import evaluate
 from grpo import group_advantages, shape_advantages, update
+from lab.experiment import area
+from lab.stats import Estimate, Value, fit_contrast
+from node.output import markdown
 from node.run import Clock, take_problems
 from node.settings import TINY, load_model, parse_args
 from rollout import VLLMActor, pad_batch
@@ -73,6 +78,7 @@ class Args:
 
     worker: list[int] = HfArg(default_factory=lambda: [0, 1], help="This process's number, and how many there are.")
     hours: float = HfArg(default=24.0, help="No run is begun later than this.")
+    table: bool = HfArg(default=False, help="Make no run; print what the recorded ones say.")
 
 
 def train_run(model, actor, weights: dict, args: train.Args, test_set: list[tasks.Problem]) -> dict:
@@ -145,7 +151,62 @@ def append(file: Path, record: dict) -> None:
         f.write((json.dumps(record) + "\n").encode())
 
 
+# ---- What the runs say ----
+
+
+def read_runs() -> list[dict]:
+    """The recorded runs, with the measures of the protocol in points: area, and success at step 10."""
+    start = json.loads((FOLDER / "start.json").read_text())["success"]
+    files = [f for f in map(record_file, ARMS) if f.exists()]
+    runs = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    for run in runs:
+        curve = [(0, start), *((step, run["success"][str(step)]) for step in EVALUATE_AT)]
+        run["area"], run["step 10"] = area(np.array(curve)), 100 * run["success"]["10"]
+    return runs
+
+
+def contrast(runs: list[dict], arm: str, measure: str) -> Estimate | None:
+    """An arm less uniform, arm + seed; None where fewer than five of the arm's runs are there."""
+    if sum(run["arm"] == arm for run in runs) < 5:
+        return None
+    return fit_contrast([Value(run["arm"], run["seed"], run[measure]) for run in runs], arm, "uniform")
+
+
+def say_outcome(primary: Estimate, control: Estimate) -> str:
+    """The protocol's word for the outcome."""
+    if control.low <= 0 <= control.high:
+        return "Unable to see: the interval of the positive control contains 0."
+    if primary.low > 0:
+        return "Gains: the primary interval lies above 0."
+    if primary.high < 0:
+        return "Loses: the primary interval lies below 0."
+    return f"No gain of {primary.high:.1f} points or more: the primary interval contains 0."
+
+
+def report() -> str:
+    """Number of runs, the contrasts in both measures, and the outcome in the protocol's words, as Markdown."""
+    runs = read_runs()
+    counts = {arm: sum(run["arm"] == arm for run in runs) for arm in ARMS}
+    planned, found = sum(count for count, _ in ARMS.values()), {}
+    rows = [["arm − uniform, points", "runs", "planned", "area", "success at step 10"]]
+    for arm, (count, _) in ARMS.items():
+        both = [contrast(runs, arm, measure) if arm != "uniform" else None for measure in ("area", "step 10")]
+        found[arm] = both[0]
+        texts = ["" if arm == "uniform" else e.text("+.2f") if e else "too few runs" for e in both]
+        rows.append([arm, str(counts[arm]), str(count), *texts])
+    primary, control = found["coupled"], found["uniform, minibatches of 32"]
+    said = say_outcome(primary, control) if primary and control else "Too few runs to say anything."
+    if sum(counts.values()) < planned:
+        said = f"UNFINISHED: {sum(counts.values())} of {planned} runs are there. As far as they go: {said}"
+    return f"{said}\n\n{markdown(rows)}"
+
+
+# ---- Making them ----
+
+
 def main(args: Args) -> None:
+    if args.table:
+        return print(report())
     number, workers = args.worker
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)

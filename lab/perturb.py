@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from torch import Tensor
@@ -26,6 +25,7 @@ from tqdm import tqdm
 import tasks
 from grpo import micro_batches
 from lab.linkage import Response
+from lab.stats import Clusters
 from node import precision
 from node.output import read_lines
 from rollout import Rollout
@@ -178,14 +178,9 @@ def compare(kept: dict[Place, Kept], high: list[Place], low: list[Place], paired
         "verdict flips at low": mean["low", "flipped"],
     }
     out = {"problems": len(problems)}
+    draws = Clusters(np.arange(len(problems)), 2000)
     for name, x in columns.items():
-        if np.ptp(x) == 0:
-            out[name] = [float(x[0])] * 3
-            continue
-        interval = stats.bootstrap(
-            (x,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
-        ).confidence_interval
-        out[name] = [float(x.mean()), float(interval.low), float(interval.high)]
+        out[name] = [*draws.mean(x)[:3]]
     return out
 
 

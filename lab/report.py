@@ -1,290 +1,287 @@
-"""The evidence as pictures, tables and one page to read: what lab.analyze found, made visible."""
+"""Every table of the laboratory's texts, from the committed records; nothing is run.
 
-import base64
-import html
+    python -m lab.report                   all tables (half a minute); writes lab/records/report.md and two figures
+    python -m lab.report --only answer     some of: decisive, answer, runs, directions, values
+
+A table that a long measurement has written as Markdown is itself the record: lab/records/**/*.md.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import PowerNorm
+from transformers.hf_argparser import HfArg
 
-from lab import linkage
+from lab import alignment, decisive, experiment, truth
+from lab.arms import ABLATIONS, BASELINE, MAIN
+from lab.experiment import SHORT, area, last_quarter
+from lab.stats import Value, fit, fit_contrast, permuted_slope, power, smallest_seen
+from node.output import markdown, write_whole
+from node.settings import parse_args
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# Table 2 of arXiv 2510.13554, random and observed, by our names; and its Table 1.
-PAPER_LINKS = {
-    "entropy at WAAD peaks": (0.2386, 0.3608),
-    "receiver peaks that are FAI peaks": (0.2241, 0.6084),
-    "FAI peaks at or after WAAD peaks": (0.3687, 0.5253),
+RECORDS, FIGURES = Path("lab/records"), Path("lab/figures")
+POOLED = ("countdown", "small", "harder")  # settings of all seven arms, five seeds each
+MEASURES = {"area": area, "last quarter": last_quarter}
+PAPER = {  # its final accuracies: Countdown (Table 3, Qwen3-4B); ablations on mathematics, as differences to its GRPO
+    "uniform": "52.6", "random": "+2.4", "entropy": "+5.1", "local": "+7.3", "global": "+7.8", "coupled": "+10.5",
+    "coupled, lowest": "maths −6.9", "coupled, q 0.2": "maths +1.2", "coupled, q 0.6": "maths +0.8",
+    "coupled, q 1.0": "maths +0.4", "coupled, positive only": "maths +2.6", "coupled, all heads": "maths −0.6",
+}  # fmt: skip
+OLD_DIRECTIONS = {  # tables of alignment as it was: minibatches resampled, grad J taken as it came out
+    "before training, minibatches of 64": "alignment.md",
+    "before training, minibatches of 16, with token values": "alignment-truth.md",
+    "the same, gamma 4": "alignment-small.md",
+    "harder problems": "alignment-harder.md",
+    "after 20 steps": "alignment-20.md",
+    "Countdown in words": "alignment-words.md",
+    "Countdown in words, content and wording": "alignment-kinds.md",
+    "Countdown in words, with token values": "alignment-truth-words.md",
 }
-PAPER_KEPT = {"kept at high": 0.534, "kept at low": 0.631, "less kept at high, share of problems": 0.8714}
+DROPPED = ("all minibatches", "mean γ", "γ at choices")  # the first had a biased interval, the others no use
 
 
-def interval(x: list[float], percent: bool = False) -> str:
-    """[value, low, high] as text.
+@dataclass
+class Args:
+    """Print the tables."""
 
-    >>> interval([0.5, 0.4, 0.625]), interval([0.5, 0.4, 0.625], percent=True)
-    ('0.500 (0.400 to 0.625)', '+50 % (+40 to +62)')
-    """
-    if percent:
-        return "{:+.0f} % ({:+.0f} to {:+.0f})".format(*(100 * v for v in x))
-    return "{:.3f} ({:.3f} to {:.3f})".format(*x)
-
-
-def tables(found: dict) -> dict[str, list[list[str]]]:
-    """Every table of the report by its title: rows of cells, the first row the heads."""
-    main, floor = found["table 2"][linkage.PEAKS[0]], found["floor"][linkage.PEAKS[0]]
-    links = [["Table 2", "random", "observed", "lift", "p", "peaks", "lift, random weights", "the paper"]]
-    for name, x in main.items():
-        paper = PAPER_LINKS.get(name)
-        links.append(
-            [
-                name, interval(x["random"]), interval(x["observed"]), interval(x["lift"], True), f"{x['p']:.4f}",
-                str(x["peaks"]), interval(floor[name]["lift"], True),
-                f"{paper[0]} → {paper[1]}, {100 * (paper[1] / paper[0] - 1):+.0f} %" if paper else "",
-            ]
-        )  # fmt: skip
-
-    def columns(title: str, by: dict[str, dict]) -> list[list[str]]:
-        rows = [[name, *(interval(t[name]["lift"], True) for t in by.values())] for name in linkage.LINKS]
-        return [[title, *by], *rows]
-
-    shifts = [["a peak of → has a peak of", "one token before", "on it", "one token after"]]
-    for pair, at in found["offsets"].items():
-        shifts.append([pair.replace("->", "→"), *(interval(x["lift"], True) for x in at.values())])
-
-    table_1 = found.get("table 1", {})
-    kept = [["Table 1", *table_1, "the paper"]]
-    for name in next(iter(table_1.values()), ()):
-        cells = [column.get(name) for column in table_1.values()]
-        text = [interval(c) if isinstance(c, list) else "" if c is None else f"{c:.4g}" for c in cells]
-        kept.append([name, *text, str(PAPER_KEPT.get(name, ""))])
-
-    parked = found["first token"]
-    other = "span with that token" if found["args"]["drop_first"] else "span without that token"
-    sink = [["mean over", "span", other, "left on the first token", "overlap of the groups"]]
-    for name in ("local heads", "global heads", "all heads"):
-        overlap = parked.get(f"{name}, overlap")
-        span, other_span, share = parked[name]
-        text = "" if overlap is None else f"{overlap:.2f}"
-        sink.append([name, f"{span:.1f}", f"{other_span:.1f}", f"{100 * share:.0f} %", text])
-
-    shares = [["share that are separators", ""]]
-    shares += [[name, f"{100 * x:.1f} %"] for name, x in found["separators"].items()]
-    return {
-        "Linkage: do the peaks fall together?": links,
-        "The same lifts under other definitions of a peak": columns(
-            "lift", found["table 2"] | {f"random weights, {definition}": t for definition, t in found["floor"].items()}
-        ),
-        "The same lifts by layers and by head split": columns("lift", found["by layers and split"]),
-        "Offsets: lifts of one series' peaks around another's": shifts,
-        **({"Perturbation: what is kept after another token is forced": kept} if table_1 else {}),
-        f"The first token: span and share correlate by {parked['correlation']:.2f} over heads": sink,
-        "Separators": shares,
-    }
-
-
-def forest_figure(found: dict, path: Path) -> None:
-    """Lifts with their intervals: the five links side by side, a line for each way of looking."""
-    rows = {
-        **{f"peaks: {definition}": t for definition, t in found["table 2"].items()},
-        **found["by layers and split"],
-        **{f"random weights: {definition}": t for definition, t in found["floor"].items()},
-    }
-    fig, axes = plt.subplots(1, len(linkage.LINKS), figsize=(13, 4.6), sharey=True)
-    for ax, name in zip(axes, linkage.LINKS):
-        for y, (label, t) in enumerate(rows.items()):
-            value, low, high = (100 * v for v in t[name]["lift"])
-            color = "tab:gray" if label.startswith("random") else "tab:red" if y == 0 else "tab:blue"
-            ax.plot([low, high], [y, y], color=color, lw=1.5)
-            ax.plot(value, y, "o", color=color, ms=5)
-        ax.axvline(0, color="black", lw=0.8)
-        if name in PAPER_LINKS:
-            random, observed = PAPER_LINKS[name]
-            ax.axvline(100 * (observed / random - 1), color="tab:green", ls="--", lw=1.2)
-        ax.set_title(name.replace(" that ", "\nthat ").replace(", ", ",\n").replace(" WAAD", "\nWAAD"), fontsize=10)
-        ax.set_xlabel("lift over random, %")
-        ax.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(rows)), rows)
-    axes[0].invert_yaxis()
-    axes[0].annotate("dashed: the paper", (0, -0.22), xycoords="axes fraction", color="tab:green", ha="right")
-    _save(fig, path)
-
-
-def offsets_figure(found: dict, path: Path) -> None:
-    """Three grids: how much likelier than by chance a column's peak is one token before, on, after a row's."""
-    names = linkage.SERIES
-    fig, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-    for ax, at, title in zip(axes, ("previous", "exact", "next"), ("one token before", "on the token", "one after")):
-        grid = [
-            [np.nan if a == b else 100 * found["offsets"][f"{a} -> {b}"][at]["lift"][0] for b in names] for a in names
-        ]
-        shown = ax.imshow(grid, cmap="RdBu_r", vmin=-100, vmax=100)
-        for i, row in enumerate(grid):
-            for j, value in enumerate(row):
-                if not np.isnan(value):
-                    ax.text(
-                        j, i, f"{value:+.0f}", ha="center", va="center", color="white" if abs(value) > 60 else "black"
-                    )
-        ax.set_xticks(range(4), names, rotation=30, ha="right")
-        ax.set_yticks(range(4), names if at == "previous" else [])
-        ax.set_title(f"… has a peak of … {title}", fontsize=11)
-    axes[0].set_ylabel("a peak of …")
-    fig.colorbar(shown, ax=axes, label="lift over random, %", shrink=0.8)
-    _save(fig, path)
-
-
-def perturbation_figure(found: dict, path: Path) -> None:
-    """What is kept after forcing another token, at high and at low FAI, and how often that flips the verdict."""
-    fig, axes = plt.subplots(1, 2, figsize=(11, 3.6))
-    columns = {name: c for name, c in found["table 1"].items() if "kept at high" in c}
-    for ax, what, title in (
-        (axes[0], "kept at", "content words kept (Jaccard)"),
-        (axes[1], "verdict flips at", "verdicts flipped"),
-    ):
-        for offset, side, color in ((-0.18, "high", "tab:red"), (0.18, "low", "tab:blue")):
-            stats = np.array([c[f"{what} {side}"] for c in columns.values()])  # [columns,3]
-            ax.bar(
-                np.arange(len(stats)) + offset, stats[:, 0], 0.34, color=color, label=f"{side} FAI",
-                yerr=np.abs(stats[:, 1:] - stats[:, :1]).T, capsize=3,
-            )  # fmt: skip
-        if what == "kept at":
-            for offset, name in ((-0.18, "kept at high"), (0.18, "kept at low")):
-                ax.plot(offset, PAPER_KEPT[name], "k_", ms=18, mew=2, label="the paper" if offset < 0 else None)
-        ax.set_xticks(range(len(columns)), columns, rotation=12)
-        ax.set_title(title)
-        ax.legend(fontsize=8)
-    _save(fig, path)
-
-
-def maps_figure(
-    local_map: np.ndarray, global_map: np.ndarray, response: linkage.Response, tokens: list[str], path: Path
-) -> None:
-    """Fig. 2: the two mean maps [T,T] of one response, and under each what is read off it."""
-    fig, axes = plt.subplots(
-        3, 2, figsize=(13, 10), height_ratios=(6, 1, 1), sharex=True, layout="constrained", gridspec_kw={"hspace": 0.02}
+    only: list[str] | None = HfArg(
+        default=None, help="Some of: decisive, answer, runs, directions, values (default: all)."
     )
-    t = np.arange(len(tokens))
-    size = min(9.0, 560 / len(tokens))
-    for column, grid, title, under in (
-        (0, local_map, "local heads", (("WAAD", "tab:blue"), ("entropy", "tab:gray"))),
-        (1, global_map, "global heads", (("FAI", "tab:red"), ("receiver FAI", "tab:purple"))),
-    ):
-        axes[0, column].imshow(np.ma.masked_equal(grid, 0), cmap="magma_r", norm=PowerNorm(0.4), aspect="auto")
-        axes[0, column].set_title(f"mean map of the {title}: row looks back at column")
-        axes[0, column].set_yticks(t, tokens, fontsize=size, family="monospace")
-        for ax, (name, color) in zip(axes[1:, column], under):
-            ax.bar(t, np.nan_to_num(response[name]), color=color, width=0.9)
-            top = linkage.peaks(response[name]) == 1
-            ax.plot(t[top], response[name][top], "kv", ms=3)
-            ax.set_ylabel(name)
-        axes[2, column].set_xticks(t, tokens, fontsize=size, family="monospace", rotation=90)
-    fig.supxlabel("tokens of the response; marks are the peaks", fontsize=10)
-    _save(fig, path)
+    out: str = HfArg(default=str(RECORDS / "report.md"), help="File for all tables.")
 
 
-def arms_figure(
-    found: dict[str, dict[int, np.ndarray]], gaps: dict[str, np.ndarray], main: list[str], path: Path
-) -> None:
-    """Learning curves of the main arms, mean over seeds and standard error; and each arm's differences to uniform.
-
-    found has by arm and seed [evaluations, (step, success)]; gaps by arm [(last quarter, area), (mean, low, high, p)].
-    """
-    fig, axes = plt.subplots(1, 3 if gaps else 1, figsize=(13, 4.8) if gaps else (7, 4.6), squeeze=False)
-    for arm in [a for a in found if a in main] or found:
-        curves = np.array(list(found[arm].values()))  # [seeds,evaluations,2]
-        steps, success = curves[0, :, 0], 100 * curves[:, :, 1]
-        width, mean = 2.2 if arm in ("uniform", "coupled") else 1.2, success.mean(0)
-        (line,) = axes[0, 0].plot(steps, mean, lw=width, label=arm)
-        if len(curves) > 1:
-            error = success.std(0, ddof=1) / len(curves) ** 0.5
-            axes[0, 0].fill_between(steps, mean - error, mean + error, color=line.get_color(), alpha=0.12)
-    axes[0, 0].set(xlabel="step", ylabel="held-out success, %", title="mean over seeds ± standard error")
-    axes[0, 0].legend(fontsize=9)
-    for measure, ax in enumerate(axes[0, 1:]):
-        for y, gap in enumerate(reversed(gaps.values())):
-            mean, low, high, _ = gap[measure]
-            ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", capsize=3, color="C0")
-        ax.axvline(0, color="grey", lw=0.8)
-        labels = [f"{arm} ({len(found[arm])})" for arm in reversed(gaps)]
-        ax.set_yticks(range(len(gaps)), labels if measure == 0 else [])
-        ax.set(title=("last quarter", "area")[measure] + " − uniform's, 95 %", xlabel="points")
-    _save(fig, path)
+# ---- Runs ----
 
 
-def _save(fig, path: Path) -> None:
-    if fig.get_layout_engine() is None:
-        fig.tight_layout()
-    fig.savefig(path, dpi=110)
+def values(settings: Sequence[str], measure: str, pool: bool = True, last: int | None = None) -> list[Value]:
+    """A measure of all runs of some settings; with pool, uniform, scaled and entropy are one arm, "baseline"."""
+    return [
+        Value("baseline" if pool and run.arm in BASELINE else run.arm, (s, run.seed), MEASURES[measure](run.success))
+        for s in settings
+        for run in experiment.read(s, last=last)
+    ]
+
+
+def answer() -> dict[str, list[list[str]]]:
+    """The pooled contrasts, with the settings apart; and what could have been seen."""
+    rows = [["arm − the pooled baseline, points", *MEASURES]]
+    for settings in (POOLED, *((s,) for s in POOLED)):
+        for arm in ("coupled", "global", "local", "random"):
+            cells = [fit_contrast(values(settings, m), arm, "baseline").text() for m in MEASURES]
+            rows.append([f"{arm}, {' + '.join(settings)}", *cells])
+    early = [["arm − baseline, small minibatches, first ten steps", "area", "p"]]
+    found = early_values()
+    together = [v._replace(arm="credit") if v.arm in ("local", "global", "coupled") else v for v in found]
+    for arm, runs in (("local, global and coupled as one arm", together), *((a, found) for a in CREDITS)):
+        e = fit_contrast(runs, "credit" if runs is together else arm, "baseline")
+        early.append([arm, e.text(), f"{e.p:.3f}"])
+    return {
+        "The answer: 105 runs of the tiny model": rows,
+        "The first ten steps with small minibatches (found afterwards)": early,
+        "What could have been seen": seeing(),
+    }
+
+
+CREDITS = ("local", "global", "coupled")
+
+
+def early_values() -> list[Value]:
+    """The area over the first ten steps of the small setting, 35 runs."""
+    return values(("small",), "area", last=SHORT)
+
+
+def seeing() -> list[list[str]]:
+    """By setting: the noise of a difference of two runs, and the difference that is seen in 80 of 100 cases."""
+    rows = [["setting", "seeds", "measure", "sd of a paired difference", "power at 3 points", "seen with 80 %"]]
+    for name, settings, seeds in (*((s, (s,), 5) for s in POOLED), ("words", ("words", "words-anew"), 3)):
+        for measure in MEASURES:
+            sd = fit(values(settings, measure, pool=False)).sd * 2**0.5  # seeds taken out: of a paired difference
+            rows.append([name, str(seeds), measure, f"{sd:.1f}", f"{power(3, sd, seeds):.2f}",
+                         f"{smallest_seen(sd, seeds):.1f}"])  # fmt: skip
+    return rows
+
+
+def runs() -> dict[str, list[list[str]]]:
+    """A table for each setting: means of the arms, and their differences to the baseline."""
+    tables = {}
+    for setting, (shared, _, _) in experiment.SETTINGS.items():
+        if setting == "ablations":
+            continue  # below, beside the first ten steps of "small"
+        pool, found = setting in POOLED, list(experiment.read(setting))
+        base = "baseline" if pool else "uniform"
+        rows = [
+            ["arm", "seeds", *(f"{m}, %" for m in MEASURES), *(f"{m} − {base}" for m in MEASURES), "reward", "paper"]
+        ]
+        for arm in dict.fromkeys(run.arm for run in found):
+            mine = [run for run in found if run.arm == arm]
+            means = [f"{np.mean([f(run.success) for run in mine]):.1f}" for f in MEASURES.values()]
+            gaps = ["", ""]
+            if arm not in (BASELINE if pool else ("uniform",)) and "study" not in setting:
+                gaps = [fit_contrast(values((setting,), m, pool), arm, base).text() for m in MEASURES]
+            late = np.mean([y[x > x[-1] / 2].mean() for x, y in (run.reward.T for run in mine)])
+            rows.append([arm, str(len(mine)), *means, *gaps, f"{100 * late:.1f}", PAPER.get(arm, "")])
+        tables[f"Runs, {setting}: `{shared}`"] = rows
+    found = dose_values()
+    rows = [["arm, first ten steps of small minibatches", "runs", "area − baseline", "paper"]]
+    for arm in (*CREDITS, "random", *ABLATIONS):
+        count = sum(v.arm == arm for v in found)
+        rows.append([arm, str(count), fit_contrast(found, arm, "baseline").text(), PAPER.get(arm, "")])
+    return tables | {"Runs, ablations": rows}
+
+
+# ---- Directions ----
+
+
+def dose_values(pool: bool = True) -> list[Value]:
+    """The area over the first ten steps of small minibatches: the seven arms and the ablations, 56 runs."""
+    ablations = [v._replace(block=("small", v.block[1])) for v in values(("ablations",), "area", pool)]
+    return [*values(("small",), "area", pool, SHORT), *ablations]
+
+
+def parse_table(text: str) -> list[list[str]]:
+    """The cells of the first Markdown table of a text, without the line under its head."""
+    lines = text.split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in [lines[0], *lines[2:]]]
+
+
+@cache
+def direction_of(file: str, column: str = "one minibatch") -> dict[str, float]:
+    """By arm, a column of a committed table of directions, in per cent; uniform 0."""
+    if file.endswith(".json"):
+        record = json.loads((RECORDS / file).read_text())
+        base = record["arms"]["uniform"]
+        found = {a: alignment.compare(x, base)[column].value for a, x in record["arms"].items() if a != "uniform"}
+    else:
+        head, _, *rows = parse_table((RECORDS / file).read_text())
+        found = {row[0]: float(row[head.index(column)].split()[0]) for row in rows}
+    return {"uniform": 0.0, **found}
+
+
+def dose() -> dict[str, list[list[str]]]:
+    """Do the runs do what the directions say? The slope of the area to step 10 on the direction, over 14 arms."""
+    rows = [["direction, % better than uniform", "points of area per %", "p"]]
+    sources = ["alignment-truth.md", "alignment.md", *(str(p.relative_to(RECORDS)) for p in new_directions())]
+    for file in sources:
+        for column in ("one minibatch", "AdamW"):
+            x = {arm: v for arm, v in direction_of(file, column).items() if arm in (*MAIN, *ABLATIONS)}
+            if len(x) == len(MAIN) + len(ABLATIONS):
+                e = permuted_slope(dose_values(pool=False), x)
+                rows.append([f"{column}, {file}", e.text("+.3f"), f"{e.p:.4f}"])
+    return {"Do the runs follow the directions? 14 arms, 56 runs, first ten steps (found afterwards)": rows}
+
+
+def new_directions() -> list[Path]:
+    """Records of lab.alignment as it is."""
+    return sorted((RECORDS / "directions").glob("*.json"))
+
+
+def directions() -> dict[str, list[list[str]]]:
+    """The relation to the runs; tables from records; and the older tables, without the columns that were wrong."""
+    tables = dose()
+    for path in new_directions():
+        record = json.loads(path.read_text())
+        tables[f"Directions, {path.stem}: % better than uniform"] = alignment.table(record)
+        if "tokens" in record:
+            tables[f"Directions, {path.stem}: what holds signal and noise"] = alignment.token_table(record)
+    for name, file in OLD_DIRECTIONS.items():
+        head, *rows = parse_table((RECORDS / file).read_text())
+        kept = [i for i, column in enumerate(head) if column not in DROPPED]
+        tables[f"Directions, older record: {name} ({file})"] = [[row[i] for i in kept] for row in (head, *rows)]
+    return tables
+
+
+# ---- Token values, and the decisive experiment ----
+
+
+def token_values() -> dict[str, list[list[str]]]:
+    """The free check of the token values: their sum over a response is the variance of the outcome."""
+    rows = [["measurement", "sum of ΔV² over a response", "V0 (1 − V0)", "variance of the responses' verdicts"]]
+    for folder in ("truth", "truth-words"):
+        rows.append([folder, *(f"{x:.3f}" for x in truth.outcome_variance(truth.read(RECORDS / folder)))])
+    return {"A check of the token values: three ways to the variance of the outcome": rows}
+
+
+# ---- Figures ----
+
+
+def answer_figure(path: Path) -> None:
+    """Left: the pooled differences to the baseline, with the paper's. Right: direction against gain, arm by arm."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
+    for y, arm in enumerate(("coupled", "global", "local", "random")):
+        for shift, measure, color in ((-0.12, "area", "tab:red"), (0.12, "last quarter", "tab:blue")):
+            e = fit_contrast(values(POOLED, measure), arm, "baseline")
+            left.errorbar(e.value, y + shift, xerr=[[e.value - e.low], [e.high - e.value]], fmt="o", capsize=3,
+                          color=color, label=measure if y == 0 else None)  # fmt: skip
+        left.plot(float(PAPER[arm]), y, "k|", ms=16, mew=2, label="the paper" if y == 0 else None)
+    left.axvline(0, color="black", lw=0.8)
+    left.set_yticks(range(4), ("coupled", "global", "local", "random"))
+    left.invert_yaxis()
+    left.set(xlabel="points of success more than plain GRPO, 95 %", title="105 runs of the tiny model")
+    left.legend()
+    x, found = direction_of("directions/tiny.json"), dose_values(pool=False)
+    for arm in (a for a in (*MAIN, *ABLATIONS) if a != "uniform"):
+        e = fit_contrast(found, arm, "uniform")
+        right.errorbar(x[arm], e.value, yerr=[[e.value - e.low], [e.high - e.value]], fmt="o", color="tab:gray", lw=0.7)
+        right.annotate(arm.replace("coupled, ", ""), (x[arm], e.value), fontsize=8, xytext=(4, 3),
+                       textcoords="offset points")  # fmt: skip
+    right.axhline(0, color="black", lw=0.8)
+    right.set(xlabel="a minibatch's gradient points better than uniform's by, %", ylabel="area to step 10 − uniform's",
+              title="14 arms, 56 runs: does pointing better pay?")  # fmt: skip
+    fig.tight_layout()
+    fig.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(fig)
 
 
-STYLE = """
-:root { color-scheme: light dark; --w: #2563eb; --f: #dc2626; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-size: .85rem; display: block; overflow-x: auto; }
-th, td { border: 1px solid #8886; padding: .2rem .5rem; text-align: left; }
-img { max-width: 100%; background: white; }
-.text { font: 1.05rem/1.9 ui-monospace, monospace; margin: .3rem 0 1rem; overflow-wrap: anywhere; }
-.text span { position: relative; border-radius: 3px; padding: .1rem 0; cursor: default; white-space: pre-wrap; }
-.text span { background: color-mix(in srgb, var(--w) calc(var(--x) * 75%), transparent); }
-.FAI span { background: color-mix(in srgb, var(--f) calc(var(--x) * 75%), transparent); }
-.text span:hover { outline: 2px solid; }
-.text span:hover::after { content: attr(data-tip); position: absolute; left: 0; top: 1.9em; z-index: 1;
-  padding: .4rem .6rem; font-size: .8rem;
-  line-height: 1.35; white-space: pre; background: Canvas; color: CanvasText; border: 1px solid; }
-small { opacity: .75; }
-"""
+def curves_figure(path: Path) -> None:
+    """Learning curves of the settings of all seven arms: mean over seeds."""
+    fig, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True)
+    for ax, setting in zip(axes, POOLED):
+        for arm in MAIN:
+            found = np.array(
+                [run.success for run in experiment.read(setting) if run.arm == arm]
+            )  # [seeds, evaluations, 2]
+            ax.plot(
+                found[0, :, 0], 100 * found[:, :, 1].mean(0), lw=2.2 if arm in ("uniform", "coupled") else 1, label=arm
+            )
+        ax.set(title=setting, xlabel="step")
+    axes[0].set_ylabel("held-out success, %, mean of five seeds")
+    axes[0].legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(fig)
 
 
-def visible(token: str) -> str:
-    """A token with its white space and control characters made visible.
-
-    >>> visible(" so\\n"), visible("\\x00")
-    ('␣so↵', '\\\\x00')
-    """
-    shown = token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
+SECTIONS = {"answer": answer, "runs": runs, "directions": directions, "values": token_values}
 
 
-def token_spans(tokens: list[str], shade: np.ndarray, tips: list[str]) -> str:
-    """The tokens as HTML spans, shaded from 0 to 1, each with its tip; a line break where the text has one."""
-    parts = []
-    for token, x, tip in zip(tokens, np.clip(np.nan_to_num(shade), 0, 1), tips):
-        text = html.escape(visible(token).replace("␣", " ") or "∅")
-        parts.append(
-            f'<span style="--x:{x:.2f}" data-tip="{html.escape(tip)}">{text}</span>' + "<br>" * ("\n" in token)
-        )
-    return "".join(parts)
+def text_of(section: str) -> str:
+    """A section as Markdown."""
+    if section == "decisive":
+        return f"## The decisive experiment\n\n{decisive.report()}"
+    tables = (f"### {title}\n\n{markdown(rows)}" for title, rows in SECTIONS[section]().items())
+    return f"## {section.capitalize()}\n\n" + "\n\n".join(tables)
 
 
-def page(title: str, intro: str, by_title: dict[str, list[list[str]]], texts: list[dict], images: list[Path]) -> str:
-    """The whole report as one HTML page that needs no other file: tables, pictures, and responses to hover over.
+def main(args: Args) -> None:
+    names = args.only or ["decisive", *SECTIONS]
+    if unknown := set(names) - {"decisive", *SECTIONS}:
+        raise SystemExit(f"error: --only {', '.join(sorted(unknown))}: choose from decisive, {', '.join(SECTIONS)}")
+    text = "\n\n".join(map(text_of, names)) + "\n"
+    print(text)
+    if not args.only:
+        write_whole(Path(args.out), text)
+        FIGURES.mkdir(exist_ok=True)
+        answer_figure(FIGURES / "answer.png")
+        curves_figure(FIGURES / "runs.png")
+        print(f"{args.out}, {FIGURES}/answer.png, {FIGURES}/runs.png")
 
-    texts: prompt, correct, tokens, tips, and shades, the series that the tokens are shown in, one below the other.
-    """
-    title, intro = html.escape(title), html.escape(intro)
-    out = [
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
-        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{intro}</p><h2>Responses</h2>",
-        "<p>Shaded from the response's lowest value to its highest. Hover over a token for its numbers.</p>",
-    ]
-    for n, text in enumerate(texts, 1):
-        verdict = "right" if text["correct"] else "wrong"
-        prompt = html.escape(visible(text["prompt"]).replace("␣", " "))
-        out.append(f"<h3>Response {n}, {verdict}</h3><div class=text>{prompt}</div>")
-        for name, x in text["shades"].items():
-            low, high = np.nanmin([*x, np.inf]), np.nanmax([*x, -np.inf])
-            shade = (x - low) / (high - low) if high > low else np.zeros(len(x))
-            out.append(f"<small>{name}</small><div class='text {name.split(',')[0]}'>")
-            out.append(token_spans(text["tokens"], shade, text["tips"]) + "</div>")
-    for name, rows in by_title.items():
-        head, *body = ["".join(f"<td>{html.escape(c)}</td>" for c in row) for row in rows]
-        out.append(f"<h2>{html.escape(name)}</h2><table><tr>{head.replace('td>', 'th>')}</tr>")
-        out.append("".join(f"<tr>{row}</tr>" for row in body) + "</table>")
-    for image in images:
-        data = base64.b64encode(image.read_bytes()).decode()
-        out.append(f"<p><img alt='{html.escape(image.stem)}' src='data:image/png;base64,{data}'></p>")
-    return "\n".join(out)
+
+if __name__ == "__main__":
+    main(parse_args(Args))

@@ -213,6 +213,20 @@ def read(folder: str | Path) -> Measured:
     )
 
 
+def outcome_variance(found: Measured) -> tuple[float, float, float]:
+    """Three estimates of the mean variance of a response's outcome, which agree where the token values are right.
+
+    The sum of dV^2 over a response (V is a martingale); V (1 - V) before its first token, without bias; and the
+    variance of the verdicts of a group's responses.
+    """
+    mask = pad_batch(found.rollouts)[1]
+    first = mask.int().argmax(1, keepdim=True)
+    v, k = found.values.before[0].gather(1, first), found.args.continuations
+    groups = found.rewards.view(-1, found.args.group)
+    total = found.values.square[0].sum() / len(mask)
+    return total.item(), (v * (1 - v) * k / (k - 1)).mean().item(), groups.var(1).mean().item()
+
+
 def sample(args: Args, actor, problems: list[tasks.Problem], folder: Path) -> None:
     """The responses and their verdicts, as a file that is whole or not there."""
     groups = actor.generate([p.prompt for p in problems], args.group, args.max_tokens, progress=True)
@@ -268,8 +282,8 @@ def main(args: Args) -> None:
             actor.close()
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    print(truth_tables.report(read(folder), model, tokenizer, folder))
-    print(f"{minutes(time.perf_counter() - started)}: {folder}/index.html")
+    print(truth_tables.report(read(folder), model, folder))
+    print(f"{minutes(time.perf_counter() - started)}: {folder}/tables.md")
 
 
 if __name__ == "__main__":

@@ -1,28 +1,31 @@
 """Choices that matter and choices of words: does attention tell them apart, where entropy cannot?
 
-    python -m lab.wording                    the committed responses; runs/smollm-words must be there (lab.smollm)
-    python -m lab.wording --truth FOLDER     others of lab.truth, task countdown-words
+    python -m lab.wording --out lab/records/wording.md           the committed responses, by the model that wrote them
+                                                                 (make words)
+    python -m lab.wording --model runs/smollm --out FILE         by another model with the same tokenizer
+    python -m lab.wording --truth FOLDER                         others of lab.truth, task countdown-words
 
 In Countdown in words the model is unsure of two kinds of tokens. Which numbers and operators to try, and whether to go
 on or to give up, decides whether it succeeds (content). Whether to say "Maybe" or "Try", "then" or "and then", does not
 (wording). Both were drawn at random in the traces that it learned from. A credit for what matters should fall on the
-one kind and not on the other. For each signal, among tokens of entropy above 0.1 nats:
+one kind and not on the other.
+
+The first table says what share of the outcome's variance is decided at each kind, from the measured token values
+(lab/truth.py) alone. The second looks at the signals, at content and wording of entropy above 0.1 nats:
 
     AUC     the chance that it is higher at a content token than at a wording token of the same response; 0.5: it cannot
             tell; mean over responses that have both
     shares  what part of each kind is among a response's 40 % of highest signal
-    worth   mean dV^2 (lab/truth.py) of the content among those over that of all content: does the signal know which
-            content decides? 1: at most it knows what is content
+    worth   mean dV^2 of the content among those over that of all content: does the signal know which content decides?
+            1: at most it knows what is content
 
-A second table says of each part of the content, and of the wording, what it holds of all dV^2 and how much of it the
-credits choose.
-
-Intervals: 95 % bootstrap over problems.
+Intervals: bootstrap over problems (stats.Clusters).
 """
 
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,9 +36,11 @@ from transformers.hf_argparser import HfArg
 
 import credit
 from lab import truth
-from lab.truth_tables import CHOICE, Bootstrap, cell, held, on_cpu, scores, signals_of, without_first
+from lab.signals import CHOICE, on_cpu, scores, signals_of, without_first
+from lab.stats import Clusters
+from lab.truth_tables import cell, held
 from metrics import Signals
-from node.output import markdown
+from node.output import markdown, write_whole
 from node.settings import load_model, parse_args
 from rollout import pad_batch
 
@@ -48,6 +53,8 @@ class Args:
     """Hold the signals at choices that matter against those at choices of words."""
 
     truth: str = HfArg(default="lab/records/truth-words", help="Folder of lab.truth, task countdown-words.")
+    model: str | None = HfArg(default=None, help="Whose signals are looked at (default: the measured model's).")
+    out: str = HfArg(default="wording.md", help="File for the tables.")
 
 
 def kinds(tokens: list[str]) -> list[str]:
@@ -109,7 +116,7 @@ def auc(x: np.ndarray, content: np.ndarray) -> float:
 
 
 def table(
-    signals: dict[str, Tensor], content: Tensor, wording: Tensor, mask: Tensor, square: Tensor, draws: Bootstrap
+    signals: dict[str, Tensor], content: Tensor, wording: Tensor, mask: Tensor, square: Tensor, clusters: Clusters
 ) -> list[list[str]]:
     """A line for each signal [B,N]: its AUC, the share of either kind (bool) among its highest 40 %, and the mean dV^2
     (square) of the content there over that of all content."""
@@ -118,23 +125,22 @@ def table(
         each = np.array([auc(row[c | w].numpy(), c[c | w].numpy()) for row, c, w in zip(x, content, wording)])
         both = ~np.isnan(each)
         top = credit.top_q(x, mask, 0.4)
-        shares = [cell(draws.ratio((top & kind).sum(1), kind.sum(1)), True) for kind in (content, wording)]
-        means = [draws.sums((square * at).sum(1)) / draws.sums(at.sum(1)) for at in (top & content, content)]
-        chance, worth = draws.ratio(np.where(both, each, 0), both), draws.interval(means[0] / means[1])
+        shares = [cell(clusters.ratio((top & kind).sum(1), kind.sum(1)), True) for kind in (content, wording)]
+        means = [clusters.sums((square * at).sum(1)) / clusters.sums(at.sum(1)) for at in (top & content, content)]
+        chance, worth = clusters.ratio(np.where(both, each, 0), both), clusters.interval(means[0] / means[1])
         rows.append([name, cell(chance, False), *shares, cell(worth, False)])
     return rows
 
 
-def parts_table(
-    signals: dict[str, Tensor], parts: dict[str, Tensor], entropy: Tensor, mask: Tensor, square: Tensor,
-    draws: Bootstrap,
-) -> list[list[str]]:  # fmt: skip
-    """A line for each part (bool [B,N]): number, mean entropy, share of dV^2, and what each signal credits of it."""
-    rows = [["choices", "number", "mean entropy", "of ΔV²", *(f"in the highest 40 % by {name}" for name in signals)]]
+def decided(tokenizer, input_ids: Tensor, mask: Tensor, square: Tensor, clusters: Clusters) -> list[list[str]]:
+    """A line for each kind, and for each part of the content: number of tokens, share of the outcome's variance."""
+    content, wording = marked(tokenizer, input_ids, mask)
+    texts = [tokenizer.decode([t]).strip() for t in range(len(tokenizer))]
+    of = {name: torch.tensor([bool(re.fullmatch(form, text)) for text in texts]) for name, form in PARTS.items()}
+    parts = {"content": content, **{name: content & at[input_ids] for name, at in of.items()}, "wording": wording}
+    rows = [["tokens", "number", "share of the outcome's variance that is decided there"]]
     for name, at in parts.items():
-        cells = [f"{at.sum():,}", f"{entropy[at].mean():.2f}", cell(held(at.float(), square, mask, draws), True)]
-        tops = (credit.top_q(x, mask, 0.4) & at for x in signals.values())
-        rows.append([name, *cells, *(cell(draws.ratio(top.sum(1), at.sum(1)), True) for top in tops)])
+        rows.append([name, f"{at.sum():,}", cell(held(at.float(), square, mask, clusters), True)])
     return rows
 
 
@@ -156,25 +162,26 @@ def main(args: Args) -> None:
             raise ValueError(f"--truth {args.truth}: its task is {found.args.task}, which has no choice of words")
         if found.values is None:
             raise ValueError(f"--truth {args.truth}: not at its end: python -m lab.truth --resume {args.truth}")
-        model, tokenizer = load_model(found.args.model)
+        model, tokenizer = load_model(args.model or found.args.model)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    input_ids, mask, _ = (x.to(model.device) for x in pad_batch(found.rollouts))
-    signals = signals_of(model, input_ids, mask)
-    first_out, signals = on_cpu(without_first(signals, model, input_ids, mask)), on_cpu(signals)
+    input_ids, mask, _ = pad_batch(found.rollouts)
+    clusters, square = Clusters(torch.arange(len(mask)) // found.args.group), found.values.square[0]
+    tables = [decided(tokenizer, input_ids, mask, square, clusters)]
+    there = input_ids.to(model.device), mask.to(model.device)
+    signals = signals_of(model, *there)
+    first_out, signals = on_cpu(without_first(signals, model, *there)), on_cpu(signals)
     torch.manual_seed(0)
     fresh = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).to(model.device).eval()
-    untrained, mask = on_cpu(signals_of(fresh, input_ids, mask)), mask.cpu()
+    untrained = on_cpu(signals_of(fresh, *there))
     content, wording = marked(tokenizer, input_ids, mask) & (signals.entropy > CHOICE)
-    draws, square = Bootstrap(torch.arange(len(mask)) // found.args.group), found.values.square[0]
-    looks = look(signals, first_out, untrained, mask)
-    print(markdown(table(looks, content, wording, mask, square, draws)) + "\n")
-    texts = [tokenizer.decode([t]).strip() for t in range(len(tokenizer))]
-    of = {name: torch.tensor([bool(re.fullmatch(form, text)) for text in texts]) for name, form in PARTS.items()}
-    parts = {name: content & at[input_ids.cpu()] for name, at in of.items()} | {"all content": content}
-    chosen = {name: looks[name] for name in ("FAI", "change of WAAD", "entropy")}
-    print(markdown(parts_table(chosen, parts | {"wording": wording}, signals.entropy, mask, square, draws)))
-    print(f"\n{len(mask)} responses: {args.truth}")
+    tables.append(table(look(signals, first_out, untrained, mask), content, wording, mask, square, clusters))
+    text = (
+        f"{len(mask)} responses of {found.args.model} ({args.truth}); signals of {args.model or found.args.model}.\n\n"
+    )
+    text += "\n\n".join(map(markdown, tables)) + "\n"
+    write_whole(Path(args.out), text)
+    print(text)
 
 
 if __name__ == "__main__":

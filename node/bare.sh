@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1
 status=0
 python -m node.check --engine torch || status=1
-python -m lab.bench --lengths 1024 4096 16384 32768 --repeats 3 --maps_to 4096 || status=1
-python -m lab.bench --table layer --lengths 1024 4096 16384 32768 --repeats 5 --maps_to 4096 || status=1
+python -m examples.bench --lengths 1024 4096 16384 32768 --repeats 3 --maps_to 4096 || status=1
+python -m examples.bench --table layer --lengths 1024 4096 16384 32768 --repeats 5 --maps_to 4096 || status=1
 python -m node.memory || status=1
 exit $status

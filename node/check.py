@@ -346,7 +346,9 @@ def cost(loop: Loop) -> str:
             seconds = loop.step()["seconds"]
         shares.append((clock.seconds.get("signals", 0.0) + seconds["credit"]) / sum(seconds.values()))
     share = statistics.median(shares)
-    require(share < CREDIT_LIMIT, f"{100 * share:.1f} % of a step; a few per cent are expected: python -m lab.bench")
+    require(
+        share < CREDIT_LIMIT, f"{100 * share:.1f} % of a step; a few per cent are expected: python -m examples.bench"
+    )
     return f"{100 * share:.1f} % of a step of {loop.args.prompts * loop.args.group} rollouts"
 
 

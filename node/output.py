@@ -68,3 +68,13 @@ def mean_interval(per_problem: Tensor) -> tuple[float, float]:
     if len(per_problem) < 2:
         return per_problem.mean().item(), math.inf
     return per_problem.mean().item(), 1.96 * per_problem.std().item() / math.sqrt(len(per_problem))
+
+
+def visible(token: str) -> str:
+    """A token with its white space and control characters made visible.
+
+    >>> visible(" so\\n"), visible("\\x00")
+    ('␣so↵', '\\\\x00')
+    """
+    shown = token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)

@@ -61,7 +61,7 @@ VARIANTS = {
         Countdown("countdown", (3, 4), 99, LANGUAGE_PROMPT),  # Pan et al.'s 3-to-4
         Countdown("countdown4", (4,), 99, LANGUAGE_PROMPT),  # arXiv 2510.13554's
         Countdown("countdown-tiny", (3,), 15, TINY_PROMPT, train=4_000),  # the tiny model's; 5,154 exist
-        Countdown("countdown-words", (3,), 12, WORDS_PROMPT, train=2_400, test=384),  # lab.smollm's; 3,269 exist
+        Countdown("countdown-words", (3,), 12, WORDS_PROMPT, train=2_400, test=384),  # assets/smollm.py's; 3,269 exist
         Countdown("countdown-tiny18", (3,), 18, TINY_PROMPT, train=4_000),  # harder; of 2 or 4 numbers it solves none
     )
 }

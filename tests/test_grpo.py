@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import grpo
-from lab.bench import peak_mib
+from examples.bench import peak_mib
 
 
 def test_group_advantages_equal_the_equation():

@@ -20,8 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import attention
 import heads
 import metrics
+from examples.bench import peak_mib
 from grpo import token_logprobs
-from lab.bench import peak_mib
 
 SHAPE = dict(vocab_size=50, hidden_size=48, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=512)  # fmt: skip

@@ -1,4 +1,4 @@
-"""lab/models.py: observe on some kinds of models that stand for all causes, and whether the comparison finds errors."""
+"""Observe on some kinds of models that stand for all causes; and whether the comparison finds errors."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import metrics
-from lab import models
-from lab.kinds import kinds
 from node import prepare
+from tests.families import models
+from tests.families.kinds import kinds
 
 # kind: "exact", or a word of the sentence with which observe refuses it
 EXPECTED = {
@@ -137,7 +137,7 @@ def test_the_report_counts_verdicts_and_causes():
         models.Verdict("mamba", "MambaForCausalLM", "refused", f"MambaForCausalLM {refusal}"),
         models.Verdict("rwkv", "RwkvForCausalLM", "refused", f"RwkvForCausalLM {refusal}"),
     ]
-    text = models.report(verdicts, "python -m lab.models", 61)
+    text = models.report(verdicts, "python -m tests.families.models", 61)
     assert "| exact | 1 |" in text and "| refused | 2 |" in text and "| WRONG | 0 |" in text
     assert f"| 2 | the model {refusal} |" in text
     assert "| llama | LlamaForCausalLM | exact | layers 2: sdpa |" in text

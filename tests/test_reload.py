@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lab import reload
 from node import ranks
 from node.weights import find_sources, from_stored, stored_groups, stored_tensors
+from tests.families import reload
 
 RENAMED = ["qwen3_moe", "glm4_moe", "mixtral", "granitemoehybrid", "gpt_neox"]
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 import grpo
-from lab import tiny
+from assets import tiny
 from node.settings import load_model
 from node.stale import find_stale_weight, try_reload
 from rollout import TorchActor, VLLMActor, pad_batch, read_text

@@ -1,5 +1,6 @@
-"""The arms' gradients against autograd through the loss itself; cosines against their definition; the whole command."""
+"""The arms' gradients against autograd through the loss itself; the record against its definitions; the command."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import grpo
-from lab import alignment, truth, truth_tables
+from lab import alignment, truth
 from node.settings import load_model
 from tasks import countdown
 
@@ -32,72 +33,73 @@ def test_the_gradient_is_that_of_the_clipped_loss_at_ratio_one():
     model.zero_grad()
 
 
-@pytest.fixture(params=[7, 2**22])
-def slices(request, monkeypatch):
-    monkeypatch.setattr(alignment, "SLICE", request.param)
-
-
-def test_speeds_equal_their_definition_and_do_not_depend_on_a_factor(slices):
+@pytest.mark.parametrize("size", [7, 2**22])
+def test_a_record_says_what_the_gradients_say(size, monkeypatch):
+    """Cosines, shares and covariances from the kept inner products, against their definitions on the gradients."""
+    monkeypatch.setattr(alignment, "SLICE", size)
     rng = np.random.default_rng(0)
-    gradients, target = rng.normal(size=(5, 30)), rng.normal(size=30)
-    draws = rng.multinomial(5, np.full(5, 0.2), 4) / 5
+    mean = rng.normal(size=40)
+    target, uniform, part = mean + rng.normal(size=(6, 40)), mean + rng.normal(size=(50, 40)), rng.normal(size=(50, 40))
+    part += 0.5 * uniform
+    arms = {"uniform": (uniform, None), "half more": (uniform + 0.5 * part, 1.5)}
+    tensors = {name: (torch.tensor(g).float(), amp) for name, (g, amp) in arms.items()}
+    parts = torch.tensor(target).float()
+    found = {name: alignment.measure(g, tensors["uniform"][0], parts, 4, amp) for name, (g, amp) in tensors.items()}
 
     def cosine(a, b):
         return a @ b / np.sqrt((a @ a) * (b @ b))
 
-    rms = np.sqrt((gradients**2).mean(0))
-    want = [
-        [
-            sum(w * cosine(g, target) for w, g in zip(draw, gradients)),
-            cosine(draw @ gradients, target),
-            sum(w * cosine(g / rms, target) for w, g in zip(draw, gradients)),
-        ]
-        for draw in draws
-    ]
-    for factor in (1, 1.19):
-        got = alignment.speeds(*(torch.tensor(x).float() for x in (factor * gradients, target, draws)))
-        np.testing.assert_allclose(got, want, atol=1e-5)
+    whole, whole_part = target.mean(0), part.mean(0)
+    one = [np.mean([cosine(g, whole) for g in gs]) for gs, _ in arms.values()]
+    got = alignment.compare(found["half more"], found["uniform"])
+    assert got["one minibatch"].value == pytest.approx(100 * (one[1] / one[0] - 1), rel=1e-3)
+    assert got["signal"].value == pytest.approx(100 * whole_part @ whole / (uniform.mean(0) @ whole), rel=1e-3)
+    covariance = ((part - whole_part) * (uniform - uniform.mean(0))).sum() / ((uniform - uniform.mean(0)) ** 2).sum()
+    assert got["noise"].value == pytest.approx(100 * covariance, rel=1e-3)
+    gram = uniform @ uniform.T
+    square = (gram.sum() - np.trace(gram)) / (50 * 49)
+    assert alignment.norms(found["uniform"])[-1] == pytest.approx(square**0.5, rel=1e-4)
+    assert all(e.low < e.value < e.high for e in got.values())
+    scaled = alignment.measure(1.19 * tensors["uniform"][0], tensors["uniform"][0], parts, 4, 1.5)
+    same = alignment.compare(scaled, found["uniform"])
+    assert abs(same["one minibatch"].value) < 1e-3 and abs(same["all minibatches"].value) < 1e-3
 
 
-def test_shares_equal_their_definition_and_add_up(slices):
-    rng = np.random.default_rng(0)
-    uniform, credited, target = rng.normal(size=(5, 30)), rng.normal(size=(5, 30)), rng.normal(size=30)
-    draws = rng.multinomial(5, np.full(5, 0.2), 4) / 5
-    want = []
-    for draw in draws:
-        g, c = draw @ uniform, draw @ credited
-        noise = [
-            sum(w * (x - m) @ (y - g) for w, x, y in zip(draw, z, uniform)) for z, m in ((credited, c), (uniform, g))
-        ]
-        want.append([c @ target / (g @ target), noise[0] / noise[1]])
-    tensors = [torch.tensor(x).float() for x in (uniform, target, draws)]
-    got = alignment.shares(torch.tensor(credited).float(), *tensors)
-    np.testing.assert_allclose(got, want, rtol=1e-4)
-    rest = alignment.shares(torch.tensor(uniform - credited).float(), *tensors)
-    np.testing.assert_allclose(got + rest, 1, rtol=1e-5)
-    arm = torch.tensor(uniform + 0.5 * credited).float()  # as gamma 1.5 makes it
-    np.testing.assert_allclose((alignment.shares(arm, *tensors) - 1) / 0.5, want, rtol=1e-4)
+def test_adamw_updates_are_those_of_the_optimizer_that_trains():
+    """The state is warm, the gradient is clipped, and a factor that stays above the clip changes nothing."""
+    gradients = 5 * torch.randn(15, 6, generator=torch.Generator().manual_seed(0))
+    flat = torch.nn.Parameter(torch.zeros(6))
+    optimizer, want = torch.optim.AdamW([flat], lr=0.1, weight_decay=0.0), []
+    for g in gradients:
+        before = flat.detach().clone()
+        (flat @ (-g / 2)).backward()
+        torch.nn.utils.clip_grad_norm_([flat], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        want.append((flat.detach() - before) / 0.1)
+    got = [u.clone() for u in alignment.adamw_updates(gradients, rows=2)]
+    torch.testing.assert_close(torch.stack(got), torch.stack(want[alignment.WARM :]), rtol=1e-4, atol=1e-5)
+    louder = [u.clone() for u in alignment.adamw_updates(3 * gradients, rows=2)]
+    torch.testing.assert_close(torch.stack(louder), torch.stack(got))
 
 
 def test_with_the_truth_there_are_three_arms_more(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(truth_tables, "RESAMPLES", 20)
     monkeypatch.setattr(  # half of short ones succeed
         countdown.Countdown, "reward", lambda self, problem, text: text.count("1") % 2.0
     )
-    folder, out = str(tmp_path / "truth"), tmp_path / "table.md"
+    folder, out = str(tmp_path / "truth"), tmp_path / "directions.json"
     short = dict(max_tokens=24, engine="torch")
-    truth.main(truth.Args(responses=32, continuations=4, out=folder, **short))
-    args = alignment.Args(arms=["scaled"], truth=folder, problems=4, minibatch=2, out=str(out), **short)
+    truth.main(truth.Args(responses=48, continuations=4, out=folder, **short))
+    args = alignment.Args(arms=["scaled"], truth=folder, problems=4, parts=4, minibatch=2, out=str(out), **short)
     alignment.main(args)
-    arms, kinds = (text.splitlines()[2:] for text in out.read_text().split("\n\n"))
-    assert [line.split(" | ")[0] for line in arms] == [
-        "| uniform", "| oracle", "| oracle, q 0.1", "| VinePPO", "| scaled"
-    ]  # fmt: skip
-    assert kinds[-1].startswith("| all others |")
-    columns = np.array([[float(cell.split()[0]) for cell in line.split(" | ")[1:]] for line in kinds])
-    assert np.abs(columns.sum(0) - 100).max() < len(kinds), "whatever there is is held by one token or another"
-    assert "2 minibatches of 16" in capsys.readouterr().out
-    for wrong, says in (({"minibatch": 3}, "--minibatch 3"), ({"group": 4}, "--group 4"), ({"truth": "no"}, "no:")):
+    record = json.loads(out.read_text())
+    assert [row[0] for row in alignment.table(record)[2:]] == ["oracle", "oracle, q 0.1", "VinePPO", "scaled"]
+    rows = alignment.token_table(record)[1:]
+    assert rows[-1][0] == "all others"
+    columns = np.array([[float(cell.split()[0]) for cell in row[1:]] for row in rows])
+    assert np.abs(columns.sum(0) - 100).max() < len(rows), "whatever there is is held by one token or another"
+    assert "3 minibatches of 16" in capsys.readouterr().out
+    for wrong, says in (({"minibatch": 4}, "--minibatch 4"), ({"group": 4}, "--group 4"), ({"truth": "no"}, "no:")):
         with pytest.raises(SystemExit, match=f"error:.*{says}"):
             alignment.main(replace(args, **wrong))
     values = tmp_path / "truth" / "values.jsonl"
@@ -109,14 +111,13 @@ def test_with_the_truth_there_are_three_arms_more(tmp_path, capsys, monkeypatch)
 def test_the_command_shows_scaled_to_be_uniform(tmp_path, capsys, monkeypatch):
     """With gradients in bfloat16, as a large model's; and an arm without the first token's column."""
     monkeypatch.setattr(alignment, "LARGE", 0)
-    out, out_of = tmp_path / "table.md", "coupled, first token out"
-    arms = ["scaled", "random", out_of]
-    alignment.main(alignment.Args(arms=arms, problems=16, minibatch=4, engine="torch", out=str(out)))
-    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in out.read_text().splitlines()}
-    assert list(rows)[2:] == ["| uniform", *(f"| {arm}" for arm in arms)]
-    assert "2 minibatches of 32" in capsys.readouterr().out
-    assert all(cell.replace("-", "+").startswith("+0.0 ") for cell in rows["| scaled"][:3])
-    assert not all(cell.replace("-", "+").startswith("+0.0 ") for cell in rows["| random"][:3])
+    out, names = tmp_path / "directions.json", ["scaled", "random", "coupled, no first token"]
+    alignment.main(alignment.Args(arms=names, problems=24, parts=4, minibatch=4, engine="torch", out=str(out)))
+    record = json.loads(out.read_text())
+    assert list(record["arms"]) == ["uniform", *names] and "3 minibatches of 32" in capsys.readouterr().out
+    base = record["arms"]["uniform"]
+    gains = {name: alignment.compare(record["arms"][name], base)["one minibatch"].value for name in names}
+    assert abs(gains["scaled"]) < 0.05 < min(abs(gains["random"]), abs(gains["coupled, no first token"]))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,7 @@ def test_the_command_shows_scaled_to_be_uniform(tmp_path, capsys, monkeypatch):
         ("arms", ["anchor"], "anchor"),
         ("arms", ["content"], "countdown-words, not countdown-tiny"),
         ("problems", 20, "20"),
+        ("parts", 1, "--parts 1"),
         ("task", "poker", "poker"),
         ("group", 1, "--group 1"),
         ("minibatch", 0, "--minibatch 0"),

@@ -1,74 +1,48 @@
-"""The experiment's table: what is known of made-up records is what it says; and the arms are runs that could start."""
+"""The arms are runs that could start; the measures; and every arm has the runs that the protocol asks for."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import HfArgumentParser
 
 import train
-from lab import experiment, variants
+from lab import arms, experiment
 from node import prepare
 from node.settings import TINY, fill_defaults
 
 
-def write(folder, arm, seed, curve):
-    args = experiment.Args(folder=str(folder))
-    path = experiment.record_of(args, arm, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [{"step": 3 * i, "success": s} for i, s in enumerate(curve)] + [{"step": 1, "reward": 0.3}]
-    path.write_text("\n".join(map(json.dumps, lines)))
-    return args
-
-
-def test_differences_are_paired_by_seed(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    for seed in range(5):
-        base = 0.3 + 0.3 * rng.random(5)  # seeds differ much more than arms do
-        for arm, more in (("uniform", 0.0), ("scaled", 0.0), ("coupled", 0.03 + 0.002 * (seed - 2))):
-            args = write(tmp_path, arm, seed, base + more)
-    found = experiment.curves(args)
-    gap, seeds = experiment.difference(found["coupled"], found["uniform"])
-    assert seeds == 5 and gap[0, 0] == pytest.approx(3.0) and 2.5 < gap[0, 1] < 3 < gap[0, 2] < 3.5
-    assert (experiment.difference(found["scaled"], found["uniform"])[0][:, :3] == 0).all()
-    args.report = True
-    experiment.main(args)
-    first = (tmp_path / "countdown.md").read_bytes()
-    experiment.main(args)
-    assert first == (tmp_path / "countdown.md").read_bytes() and (tmp_path / "countdown.png").exists()
-    row = next(line for line in first.decode().splitlines() if line.startswith("| coupled"))
-    assert "+3.0 (+2.8 to +3.2)*" in row and "15 runs" in capsys.readouterr().out
-
-
 def test_every_arm_is_a_run_that_could_start_and_differs_in_gamma_alone():
-    parser = HfArgumentParser((variants.Args, train.Args))
-    allowed = {"variant", "credit", "lowest", "q", "sign", "all_heads", "on_produced"}
-    for setting, (shared, arms, _) in experiment.SETTINGS.items():
-        plain = parser.parse_args_into_dataclasses(shared.split())
-        for arm, flags in arms.items():
-            both = parser.parse_args_into_dataclasses([*shared.split(), *flags])
-            prepare.check_args(fill_defaults(both[1], train.DEFAULTS, TINY)[0])
-            changed = {
-                name for a, b in zip(both, plain) for name, value in vars(a).items() if value != getattr(b, name)
-            }
-            assert changed <= allowed | ({"lr"} if "study" in setting else set())
-            assert ("--variant" in flags) == (arm in experiment.VARIANTS), "these are runs of lab.variants"
-        paths = {experiment.record_of(experiment.Args(setting), arm, 0) for arm in arms}
-        assert len(paths) == len(arms)
+    allowed = {"credit", "lowest", "q", "sign", "all_heads", "on_produced"}
+    for setting, (shared, names, _) in experiment.SETTINGS.items():
+        (plain,) = HfArgumentParser(train.Args).parse_args_into_dataclasses(shared.split())
+        for name in names:
+            settings = arms.ARMS[name].settings
+            prepare.check_args(fill_defaults(train.Args(**{**vars(plain), **settings}), train.DEFAULTS, TINY)[0])
+            assert settings.keys() <= allowed | ({"lr"} if "study" in setting else set())
+        paths = {experiment.record_of("lab/records", setting, name, 0) for name in names}
+        assert len(paths) == len(names)
 
 
-def test_the_committed_tables_come_from_the_committed_records():
-    """Byte for byte, and every arm has the seeds that the protocol asks for."""
-    for setting, (_, arms, seeds) in experiment.SETTINGS.items():
-        found, rewards = (experiment.curves(experiment.Args(setting), what) for what in ("success", "reward"))
-        assert experiment.table(found, rewards) + "\n" == Path(f"lab/records/{setting}.md").read_text()
-        if "study" not in setting:
-            assert {a: list(found[a]) for a in arms} == {a: list(range(seeds)) for a in arms}
+def test_every_arm_has_the_seeds_that_the_protocol_asks_for():
+    there = {(setting, run.arm, run.seed) for setting in experiment.SETTINGS for run in experiment.read(setting)}
+    asked = {(s, arm, seed) for s, (_, names, n) in experiment.SETTINGS.items() for arm in names for seed in range(n)}
+    assert asked - there == experiment.MISSING and there <= asked
 
 
-def test_bad_arguments_are_one_line(tmp_path):
+def test_a_run_is_read_as_it_was_written(tmp_path):
+    file = experiment.record_of(str(tmp_path), "countdown", "coupled, q 0.2", 3)
+    file.parent.mkdir()
+    lines = [{"step": 0, "success": 0.2}, {"step": 1, "reward": 0.3}, {"step": 4, "reward": 0.4, "success": 0.6}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run,) = experiment.read("countdown", str(tmp_path))
+    assert run[:2] == ("coupled, q 0.2", 3) and run.success.tolist() == [[0, 0.2], [4, 0.6]]
+    assert experiment.area(run.success) == pytest.approx(40.0) and experiment.last_quarter(run.success) == 60.0
+    (early,) = experiment.read("countdown", str(tmp_path), last=2)
+    assert early.reward.tolist() == [[1, 0.3]] and len(early.success) == 1
+    assert np.isclose(experiment.area(np.array([(0, 0.2), (10, 0.4)])), 30)
+
+
+def test_bad_arguments_are_one_line():
     with pytest.raises(SystemExit, match="--arms anchor: choose from uniform"):
         experiment.main(experiment.Args(arms=["anchor"]))
-    with pytest.raises(SystemExit, match="no records are there"):
-        experiment.main(experiment.Args(folder=str(tmp_path), report=True))

@@ -1,7 +1,4 @@
-"""Attention without its first token against full maps with the column taken out; family puzzles."""
-
-import importlib.util
-import json
+"""Attention without its first token against full maps with the column taken out."""
 
 import pytest
 import torch
@@ -9,7 +6,7 @@ import torch
 import attention
 import heads
 import metrics
-from lab import families, linkage, sinks
+from lab import linkage, sinks
 from node.settings import load_model
 from tests.lab.test_alignment import batch
 
@@ -65,18 +62,3 @@ def test_signals_without_it_are_those_of_such_maps():
     found = sinks.table(linkage.per_head(model, input_ids, mask, layers).spans, looks.spans, looks.first)
     assert found["all heads"][2] == pytest.approx(first.mean().item(), rel=1e-3)
     assert 0 <= found["local heads, overlap"] <= 1 and -1 <= found["correlation"] <= 1
-
-
-def test_family_puzzles_are_problems_of_a_task(tmp_path, capsys):
-    out = tmp_path / "families.jsonl"
-    if importlib.util.find_spec("reasoning_gym") is None:
-        with pytest.raises(SystemExit, match=r"error: .*pip install reasoning-gym"):
-            families.main(families.Args(out=str(out)))
-        return
-    families.main(families.Args(out=str(out), problems=12))
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(rows) == 12 and all(r["answer"] in r["choices"] and len(set(r["choices"])) == 5 for r in rows)
-    from tasks import get, load
-
-    problem = load("zebralogic", "test", 3, data=str(out))[0]
-    assert get("zebralogic").reward(problem, rf"So it is \boxed{{{problem.answer}}}.") == 1.0

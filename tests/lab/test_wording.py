@@ -7,7 +7,7 @@ from scipy import stats
 from transformers import AutoTokenizer
 
 from lab import wording
-from lab.truth_tables import Bootstrap
+from lab.stats import Clusters
 from node.settings import TINY
 from rollout import Rollout, pad_batch
 
@@ -52,13 +52,19 @@ def test_what_the_credited_content_is_worth():
     content = torch.tensor([[1, 1, 1, 1, 1, 0, 0]] * 2).bool()
     x = torch.tensor([[5.0, 4, 3, 2, 1, 9, 9], [1, 2, 3, 4, 5, 9, 9]])
     square = torch.tensor([[1.0, 2, 3, 4, 5, 50, 50], [1, 1, 1, 1, 1, 50, 50]])
-    mask, draws = torch.ones_like(content), Bootstrap(torch.arange(2))
+    mask, draws = torch.ones_like(content), Clusters(torch.arange(2))
     head, row = wording.table({"FAI": x}, content, ~content, mask, square, draws)
     assert row[head.index("worth of that content")].startswith("0.50 ")  # (1 + 1) / 2 over (15 + 5) / 10
-    parts = {"content": content, "words": ~content}
-    head, first, last = wording.parts_table({"FAI": x}, parts, torch.ones_like(x), mask, square, draws)
-    assert first[:3] == ["content", "10", "1.00"] and first[3].startswith("9 %") and last[3].startswith("91 %")
-    assert first[4].startswith("20 %") and last[4].startswith("100 %")
+
+
+def test_shares_of_the_outcome_are_by_the_text():
+    tok = AutoTokenizer.from_pretrained(TINY)
+    ids = torch.tensor([tok("y7-5").input_ids, tok("n8*6").input_ids])
+    square = torch.tensor([[1.0, 1, 2, 0], [0, 2, 4, 0]])
+    head, *rows = wording.decided(tok, ids, torch.ones(2, 4, dtype=torch.bool), square, Clusters(torch.arange(2)))
+    found = {row[0]: (row[1], row[2].split(" (")[0]) for row in rows}
+    assert found["content"] == ("6", "90 %") and found["wording"] == ("2", "10 %")
+    assert found["operators"] == ("2", "60 %") and found["numbers"] == ("4", "30 %") and len(head) == 3
 
 
 def test_another_task_has_no_choice_of_words():

@@ -1,0 +1,50 @@
+"""What one scoring pass says of each token, by train.py's own functions; and what tokens can be ranked by."""
+
+import torch
+from torch import Tensor
+
+import credit
+import train
+from heads import Heads, split_heads
+from lab import linkage
+from metrics import Signals
+from node import precision
+
+CHOICE = 0.1  # nats: tokens of higher entropy are choices; where the model is surer, gamma multiplies next to nothing
+
+
+def signals_of(model, input_ids: Tensor, mask: Tensor, **how) -> Signals:
+    """WAAD, FAI, entropy and log-probs of response tokens, [B,N] each; `how` are arguments of train.py."""
+    args, rows = train.Args(**how), torch.arange(len(mask), device=mask.device)
+    with precision.autocast_for(model):
+        some = rows[: train.SPAN_ROWS]
+        heads = train.split_into_local_and_global(args, model, input_ids[some], mask[some])
+        return train.score(args, model, input_ids, mask, rows, heads)
+
+
+def without_first(signals: Signals, model, input_ids: Tensor, mask: Tensor) -> Signals:
+    """The same, with WAAD, FAI and head split from attention without the first token's column (lab/sinks.py)."""
+    args, rows = train.Args(), slice(train.SPAN_ROWS)
+    how = {"layers": signals.heads.layers, "horizon": tuple(args.horizon), "drop_first": True}
+    spans = linkage.per_head(model, input_ids[rows], mask[rows], **how).spans.view_as(signals.heads.spans)
+    heads = Heads(signals.heads.layers, spans, *split_heads(spans, args.head_quantile))
+    looks = linkage.per_head(model, input_ids, mask, **how)
+    waad, fai = looks.waad[heads.is_local.flatten()].mean(0), looks.fai[heads.is_global.flatten()].mean(0)
+    return signals._replace(waad=waad.to(mask.device), fai=fai.to(mask.device), heads=heads)
+
+
+def on_cpu(signals: Signals) -> Signals:
+    """The same, where the token values are."""
+    return Signals(*(x.cpu() for x in signals[:4]), signals.heads)
+
+
+def scores(signals: Signals, mask: Tensor) -> dict[str, Tensor]:
+    """What tokens can be ranked by, highest first: [B,N] each."""
+    return {
+        "FAI": signals.fai,
+        "change of WAAD": credit.waad_change(signals.waad, mask),
+        "WAAD": signals.waad,
+        "entropy": signals.entropy,
+        "surprise": -signals.logprobs,
+        "position, early first": -mask.cumsum(1).float(),
+    }
