@@ -24,6 +24,7 @@ from node.checkpoint import list_checkpoints, read_args
 from node.output import markdown, mean_interval, write_whole
 from node.settings import TINY, fill_defaults, load_tokenizer, parse_args
 from rollout import Rollout, chat, encode, start_actor
+from tasks.answers import boxed_in_thinking_only
 
 DEFAULTS = {  # of arguments that are not given: for the tiny model and what was trained from it; for any other model
     "task": (["countdown-tiny"], ["countdown4"]),
@@ -81,7 +82,7 @@ class Args:
     )
 
 
-def evaluate(
+def respond(
     actor,
     task: str,
     problems: list[tasks.Problem],
@@ -90,15 +91,21 @@ def evaluate(
     temperature: float = 1.0,
     stop: Sequence[str] | None = None,
     reward_processes: int = 1,
-) -> tuple[list[list[Rollout]], Tensor]:
-    """n responses to each problem of a task, [P][n], and their rewards, [P,n] float32. A reward that raises is 0."""
+) -> tuple[list[list[Rollout]], tasks.Judged]:
+    """n responses to each problem of a task, [P][n], and how they were judged. A reward that raises is 0."""
     prompts = [p.prompt for p in problems]
     rollouts = actor.generate(prompts, n, max_tokens, temperature, stop, progress=ranks.rank() == 0)
     texts = [[response.text for response in responses] for responses in rollouts]
-    rewards, errors = tasks.judge(task, problems, texts, reward_processes)
-    if errors:
+    judged = tasks.judge(task, problems, texts, reward_processes)
+    if errors := judged.errors:
         print(f"{task}: {len(errors)} rewards raised and count as 0. The first: {errors[0]}", file=sys.stderr)
-    return rollouts, torch.tensor(rewards)
+    return rollouts, judged
+
+
+def evaluate(*args, **settings) -> tuple[list[list[Rollout]], Tensor]:
+    """As respond, called with the same arguments. Returns the responses, and their rewards, [P,n] float32."""
+    rollouts, judged = respond(*args, **settings)
+    return rollouts, torch.tensor(judged.rewards)
 
 
 def pass_at(j: int, rewards: Tensor) -> Tensor:
@@ -130,8 +137,9 @@ def measure(actor, task: str, problems: list[tasks.Problem], k: int, args: Args)
     given = dict(
         max_tokens=args.max_tokens, stop=tasks.stops(task, args.stop, args.chat), reward_processes=args.reward_processes
     )
-    greedy, first = evaluate(actor, task, problems, 1, temperature=0.0, **given)
-    sampled, rewards = evaluate(actor, task, problems, k, temperature=args.temperature, **given)
+    greedy, judged_greedy = respond(actor, task, problems, 1, temperature=0.0, **given)
+    sampled, judged = respond(actor, task, problems, k, temperature=args.temperature, **given)
+    first, rewards = torch.tensor(judged_greedy.rewards), torch.tensor(judged.rewards)
     per_problem = {"greedy pass@1": first[:, 0], f"avg@{k}": rewards.mean(1)}
     if ((rewards == 0) | (rewards == 1)).all():  # with fractional rewards there is no pass@j
         per_problem |= {f"pass@{j}": pass_at(j, rewards) for j in sizes(k)}
@@ -145,6 +153,8 @@ def measure(actor, task: str, problems: list[tasks.Problem], k: int, args: Args)
             "greedy": sum(r[0]["truncated"] for r in responses) / len(problems),
             "sampled": sum(x["truncated"] for r in responses for x in r[1:]) / (len(problems) * k),
         },
+        "no_verdict": judged_greedy.no_verdict + judged.no_verdict,
+        "boxed_in_thinking_only": sum(boxed_in_thinking_only(x["text"]) for r in responses for x in r),
         "responses": [{**asdict(p), "greedy": r[0], "sampled": r[1:]} for p, r in zip(problems, responses)],
     }
 
@@ -171,8 +181,12 @@ def table(results: list[dict]) -> str:
 def line(result: dict) -> str:
     """All scores of one result, in one line."""
     scores = ", ".join(f"{name} {percent(score)}" for name, score in result["scores"].items())
-    cut = 100 * result["truncated"]["sampled"]
-    return f"{result['model']}, {result['problems']} of {result['task']}: {scores} % (truncated: {cut:.1f} %)"
+    notes = [f"truncated: {100 * result['truncated']['sampled']:.1f} %"]
+    if count := result.get("no_verdict"):
+        notes.append(f"without a verdict, so 0: {count}")
+    if count := result.get("boxed_in_thinking_only"):
+        notes.append(f"with a box inside <think> only: {count}")
+    return f"{result['model']}, {result['problems']} of {result['task']}: {scores} % ({'; '.join(notes)})"
 
 
 def last_checkpoint(model: str) -> str:

@@ -192,6 +192,7 @@ class Batch(NamedTuple):
     groups: list[list[Rollout]]  # [P][G], G responses to each of P problems
     rewards: Tensor  # [P,G]
     errors: list[str]  # a line for each reward that raised; it counts as 0
+    no_verdict: int  # responses that the judge failed to judge; they count as 0
 
 
 def sample_batch(args: Args, sampler, problems: list[tasks.Problem], clock: Clock) -> Batch:
@@ -201,8 +202,9 @@ def sample_batch(args: Args, sampler, problems: list[tasks.Problem], clock: Cloc
         groups = sampler.generate([p.prompt for p in mine], n=args.group, max_tokens=args.max_tokens, stop=args.stop)
     with clock("reward"):
         texts = [[response.text for response in group] for group in groups]
-        rewards, errors = tasks.judge(args.task, mine, texts, args.reward_processes)
-    return Batch(ranks.all_gather(groups), torch.tensor(ranks.all_gather(rewards)), ranks.gather_lists(errors))
+        rewards, errors, no_verdict = tasks.judge(args.task, mine, texts, args.reward_processes)
+    rewards = torch.tensor(ranks.all_gather(rewards))
+    return Batch(ranks.all_gather(groups), rewards, ranks.gather_lists(errors), sum(ranks.all_gather([no_verdict])))
 
 
 def sample_dynamic(args: Args, sampler, problems: list[tasks.Problem], clock: Clock) -> tuple[Batch, Tensor]:
@@ -211,11 +213,12 @@ def sample_dynamic(args: Args, sampler, problems: list[tasks.Problem], clock: Cl
     problems: enough for all batches. Returns (the groups kept, the rewards of everything sampled). If every group has
     equal rewards, the last batch is returned; its gradient is 0.
     """
-    kept_groups, kept_rewards, all_rewards, errors = [], [], [], []
+    kept_groups, kept_rewards, all_rewards, errors, no_verdict = [], [], [], [], 0
     for start in range(0, len(problems), args.prompts):
         batch = sample_batch(args, sampler, problems[start : start + args.prompts], clock)
         all_rewards.append(batch.rewards)
         errors += batch.errors
+        no_verdict += batch.no_verdict
         for group, group_rewards in zip(batch.groups, batch.rewards):
             if (group_rewards != group_rewards[0]).any():
                 kept_groups.append(group)
@@ -223,8 +226,10 @@ def sample_dynamic(args: Args, sampler, problems: list[tasks.Problem], clock: Cl
         if len(kept_groups) >= args.prompts:
             break
     if kept_groups:
-        batch = Batch(kept_groups[: args.prompts], torch.stack(kept_rewards[: args.prompts]), errors)
-    return batch._replace(errors=errors), torch.cat(all_rewards)
+        batch = batch._replace(
+            groups=kept_groups[: args.prompts], rewards=torch.stack(kept_rewards[: args.prompts])
+        )  # fmt: skip
+    return batch._replace(errors=errors, no_verdict=no_verdict), torch.cat(all_rewards)
 
 
 def split_into_local_and_global(args: Args, model, input_ids: Tensor, mask: Tensor) -> Heads:
@@ -391,6 +396,7 @@ def describe_rollouts(batch: Batch, all_rewards: Tensor, horizon_low: int) -> di
         "unequal_groups": int((batch.rewards != batch.rewards[:, :1]).any(1).sum()),
         "reward_errors": len(batch.errors),
         "first_reward_error": batch.errors[0] if batch.errors else None,
+        "no_verdict": batch.no_verdict,
     }
 
 

@@ -1,7 +1,9 @@
 """Problems and rewards: the built-in tasks, tasks in files of yours, and the judging of responses.
 
 countdown.py makes its problems and judges them. benchmarks.py fetches public datasets of mathematics and question
-answering, which verify.py judges. problem.py says what a task is. This folder imports nothing else of ours.
+answering, which verify.py judges, with the rules of answers.py and math-verify in processes of its own (worker.py).
+audit.py prints which of a dataset's answers the judge cannot read. problem.py says what a task is. This folder imports
+nothing else of ours.
 """
 
 import importlib.util
@@ -13,8 +15,9 @@ import traceback
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
-from tasks.benchmarks import BENCHMARKS
+from tasks.benchmarks import BENCHMARKS, Benchmark
 from tasks.countdown import VARIANTS, Countdown
 from tasks.problem import Problem, Task
 
@@ -101,25 +104,36 @@ def stops(name: str, given: list[str] | None, chat: bool) -> list[str]:
     return [] if chat else list(getattr(get(name), "stop", ()))
 
 
-def judge(
-    name: str, problems: list[Problem], texts: list[list[str]], processes: int = 1
-) -> tuple[list[list[float]], list[str]]:
-    """The rewards of several responses to each problem, and what went wrong, a line for each reward that raised.
+class Judged(NamedTuple):
+    """How responses were judged."""
+
+    rewards: list[list[float]]  # [P][n]
+    errors: list[str]  # a line for each reward that raised; it counts as 0
+    no_verdict: int = 0  # responses on which the built-in judge failed (out of time, killed); they count as 0
+
+
+def judge(name: str, problems: list[Problem], texts: list[list[str]], processes: int = 1) -> Judged:
+    """The rewards of several responses to each problem.
 
     A reward that raises, or returns no finite number, counts as 0. processes: how many judge at the same time, each
-    with the task loaded anew.
+    with the task loaded anew. The datasets have judging processes of their own, one for each core, and need none.
 
     >>> judge("countdown", [Problem("", ((3, 7, 5), 38))], [["<answer>5*7+3</answer>", "38"]])
-    ([[1.0, 0.0]], [])
+    Judged(rewards=[[1.0, 0.0]], errors=[], no_verdict=0)
     """
     pairs = [(problem, text) for problem, responses in zip(problems, texts) for text in responses]
-    if processes == 1:
-        judged = [_judge_one(name, *pair) for pair in pairs]
+    if isinstance(task := get(name), Benchmark):
+        verdicts = task.judge(pairs)
+        judged = [(float(verdict or 0), None) for verdict in verdicts]
     else:
-        jobs = [_pool(processes).submit(_judge_one, name, *pair) for pair in pairs]
-        judged = [_result_of(job) for job in jobs]
+        verdicts = []
+        if processes == 1:
+            judged = [_judge_one(name, *pair) for pair in pairs]
+        else:
+            jobs = [_pool(processes).submit(_judge_one, name, *pair) for pair in pairs]
+            judged = [_result_of(job) for job in jobs]
     rewards, errors = iter([reward for reward, _ in judged]), [error for _, error in judged if error]
-    return [[next(rewards) for _ in responses] for responses in texts], errors
+    return Judged([[next(rewards) for _ in responses] for responses in texts], errors, verdicts.count(None))
 
 
 def _result_of(job: Future) -> tuple[float, str | None]:

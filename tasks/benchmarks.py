@@ -2,7 +2,9 @@ r"""Public datasets of mathematics and question answering, and files of yours wi
 
 A dataset comes from the Hugging Face hub, or from a local file (JSON, JSON Lines, parquet) with the same columns. Rows
 keep the file's order. A row is left out, and counted, if its question has come before, if it has no answer, or if the
-answer to a multiple-choice question names none of its options. nvidia/Nemotron-CrossThink has one file of questions: a
+answer to a multiple-choice question does not name one of its options. Answers are read once, here: 27.0 becomes 27, and
+a unit or a tolerance that the row gives is added. Answers that math-verify cannot read are counted: only the same text
+is right for them (python -m tasks.audit NAME prints them). nvidia/Nemotron-CrossThink has one file of questions: a
 hash of the question holds one in 64 out for testing, so no training question, however often the file repeats it, is a
 test question.
 
@@ -24,17 +26,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tasks import verify
+from tasks.answers import read_gold
 from tasks.problem import Problem
 
 log = logging.getLogger(__name__)
 
 MATHS = "Please reason step by step, and put your final answer within \\boxed{}."
+SEVERAL = "There are several answers: put all of them within one \\boxed{}, separated by commas."
 CHOICE = "Please reason step by step, and put the letter of the correct option within \\boxed{}."
+CHECKED = 500  # answers of a dataset that are tried on math-verify when it is loaded; tasks.audit tries all
 
 
 def plain_answer(answer: object) -> str | None:
-    """An answer that is a text or a number, as text; None for anything else."""
-    return str(answer).strip() if isinstance(answer, str | int | float) else None
+    """An answer that is a text or a number, as text; None for anything else, and for the NaN of an empty cell."""
+    return str(answer).strip() if isinstance(answer, str | int | float) and answer == answer else None
 
 
 def last_part(answer: object) -> str | None:
@@ -43,8 +48,9 @@ def last_part(answer: object) -> str | None:
 
 
 def joined(answer: object) -> str | None:
-    """OlympiadBench's answers are lists."""
-    return ", ".join(map(str, answer)) if isinstance(answer, list) else plain_answer(answer)
+    """OlympiadBench's answers are lists. None if one of them is missing."""
+    parts = [plain_answer(part) for part in answer] if isinstance(answer, list) else [plain_answer(answer)]
+    return ", ".join(parts) if all(parts) else None
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,10 @@ class Benchmark:
     config: str | None = None
     file: str | None = None  # the one file of the repository to read; then its split is called train
     context: str | None = None  # what the question is about, if that is a column of its own
-    choices: str | None = None  # the options of a multiple-choice question, if they are not lines of the question
+    choices: str | None = None  # the options of a multiple-choice question, if they are not in the question
+    unit: str | None = None  # of the answer, if there is such a column
+    tolerance: str | None = None  # by how much the answer may be missed, if there is such a column
+    several: str | None = None  # whether there are several answers, if there is such a column
     verifier: str = "maths"  # maths or choice: verify.py's functions
     read_answer: Callable[[object], str | None] = plain_answer  # what the answer's column holds -> the answer
     held_out: int | None = None  # one question in so many is for testing; the rest, for training
@@ -79,6 +88,12 @@ class Benchmark:
         r"""1.0 if the last \boxed{} of the response is right, else 0.0."""
         return (verify.maths if self.verifier == "maths" else verify.choice)(problem.answer, text)
 
+    def judge(self, pairs: list[tuple[Problem, str]]) -> list[bool | None]:
+        """The verdicts on many responses at once, by several processes. None: the judge failed."""
+        if self.verifier == "choice":
+            return [bool(self.reward(problem, text)) for problem, text in pairs]
+        return verify.verdicts([(problem.answer, text) for problem, text in pairs])
+
 
 BENCHMARKS = {
     "math": Benchmark(  # DAPO-Math-17k; the original repeats each question about a hundred times
@@ -90,7 +105,7 @@ BENCHMARKS = {
     "math500": Benchmark("HuggingFaceH4/MATH-500", "problem", "answer"),
     "olympiadbench": Benchmark(
         "Hothan/OlympiadBench", "question", "final_answer", {"test": "train"}, "OE_TO_maths_en_COMP", context="context",
-        read_answer=joined,
+        unit="unit", tolerance="error", several="is_multiple_answer", read_answer=joined,
     ),
     "minerva": Benchmark("math-ai/minervamath", "question", "answer"),
     "gsm8k": Benchmark(
@@ -137,39 +152,110 @@ def problems(benchmark: Benchmark, split: str, data: str | None = None) -> list[
             continue
         if benchmark.held_out and (zlib.crc32(question.encode()) % benchmark.held_out == 0) != (split == "test"):
             continue
+        system = MATHS if benchmark.verifier == "maths" else CHOICE
         if benchmark.verifier == "choice":
             if choices:
                 question += "".join(f"\n{chr(65 + i)}. {c}" for i, c in enumerate(choices))
-            if (answer := letter(question, answer)) is None:
-                left_out["whose answer is none of the options"] += 1
+            if (mark := letter(question, answer)) is None:
+                left_out[why_no_letter(question, answer)] += 1
                 continue
-        system = MATHS if benchmark.verifier == "maths" else CHOICE
+            answer = mark
+        else:
+            answer = read_gold(answer, _get(row, benchmark.unit), _get(row, benchmark.tolerance))
+            system += f" {SEVERAL}" if str(_get(row, benchmark.several)).lower() == "true" else ""
         context = f"Context: {context}\n\n" if context else ""
         prompt = f"{system}\n\n{context}Question: {question}\n\nAnswer:"
         left_out["that repeat a question"] += prompt in found
         found.setdefault(prompt, answer)
     # Say what came out.
     if not found:
-        raise ValueError(f"{where} holds no {split} problem with an answer to verify")
+        reasons = _quoted_counts(left_out)
+        raise ValueError(
+            f"{where} holds no {split} problem with an answer to verify" + (f" ({reasons})" if reasons else "")
+        )
     if left_out.total():
-        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
-        log.warning("%s: %d of %d rows left out: %s", where, left_out.total(), len(rows), reasons)
+        log.warning("%s: %d of %d rows left out: %s", where, left_out.total(), len(rows), _quoted_counts(left_out))
+    if benchmark.verifier == "maths":
+        golds = list(dict.fromkeys(found.values()))
+        step = -(-len(golds) // CHECKED)  # every so many, if there are more
+        if strange := verify.unreadable(golds[::step]):
+            log.warning(
+                "%s: math-verify cannot read %d of %d answers; for these only the same text is right: "
+                "python -m tasks.audit prints them",
+                where, len(strange), len(golds[::step]),
+            )  # fmt: skip
     return list(found.items())
 
 
+def _quoted_counts(left_out: Counter) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+
+
+# The mark of an option: "B." "B:" "(B)" "[B]" "b)" "**B.**" "- B."
+MARK = r"(?:[-*•][ \t]+)?\**[(\[]?([{letters}])[.:)\]、]+\**[ \t]*"
+
+
+def options(question: str) -> dict[str, str]:
+    """The options of a question, letter -> text: those that begin a line, or else those within a line.
+
+    >>> options("Which?\\nA: one\\r\\n**B.** two"), options("Which? (a) one (b) two")
+    ({'A': 'one', 'B': 'two'}, {'A': 'one', 'B': 'two'})
+    >>> options("Was it Dr. A. Smith?")
+    {}
+    """
+    best = {}
+    for letters in ("A-Z", "a-z"):
+        for before in (r"^[ \t]*", r"(?:^|(?<=\s))"):
+            runs, last = [], ""
+            for mark in re.finditer(before + MARK.format(letters=letters), question, re.MULTILINE):
+                mark_letter = mark[1].upper()
+                if mark_letter == "A" or not runs:
+                    runs.append([])
+                elif mark_letter != chr(ord(last) + 1):
+                    continue
+                runs[-1].append((mark_letter, mark))
+                last = mark_letter
+            for run in runs:
+                if len(run) > max(1, len(best)) and run[0][0] == "A":
+                    ends = [mark.start() for _, mark in run[1:]] + [len(question)]
+                    texts = [question[mark.end() : end].split("\n")[0] for (_, mark), end in zip(run, ends)]
+                    best = {mark_letter: text.strip(" \t\r*,;") for (mark_letter, _), text in zip(run, texts)}
+    return best
+
+
 def letter(question: str, answer: str) -> str | None:
-    """The letter of the option, a line of question such as "B. yes" or "(B) yes", that answer names; None for none.
+    """The letter of the option that answer names; None for none. Marks are tried before texts.
 
     answer may be the letter, the option's text, or both; both must belong together.
 
     >>> q = "Which?\\nA: one\\nB: two"
-    >>> [letter(q, answer) for answer in ("B", "two", "B: two", "A: two", "three")]
-    ['B', 'B', 'B', None, None]
+    >>> [letter(q, answer) for answer in ("B", "(b)", "Two", "B: two", "B - two", "A: two", "three")]
+    ['B', 'B', 'B', 'B', 'B', None, None]
+    >>> letter("Which?\\nA. B\\nB. A", "B"), letter("Which?\\nA. red\\nB. red", "red")
+    ('B', None)
     """
-    for mark, text in re.findall(r"^[ \t]*\(?([A-Z])[.:)][ \t]*(.*?)[ \t]*$", question, re.MULTILINE):
-        if re.sub(rf"^\(?{mark}[.:)]\s*", "", answer.strip()) in (mark, text):
-            return mark
-    return None
+    known = options(question)
+    answer = re.sub(r"\\(?:boxed|text[a-z]*)(?![a-z])|[{}$*]", "", answer).strip()
+    if only := re.fullmatch(r"[(\[]?([A-Za-z])[.:)\]]*", answer):
+        return only[1].upper() if only[1].upper() in known else None
+    named = {mark for mark, text in known.items() if text and text.lower() == answer.lower()}
+    if not named and (both := re.fullmatch(r"[(\[]?([A-Za-z])(?:[.:)\]]+|\s+-)\s*(.+)", answer)):
+        text = known.get(both[1].upper(), "")
+        named = {both[1].upper()} if text.lower() == both[2].strip().lower() else set()
+    return named.pop() if len(named) == 1 else None
+
+
+def why_no_letter(question: str, answer: str) -> str:
+    """Why letter found none, as the words after a count of rows.
+
+    >>> why_no_letter("Who wrote it?", "Ann"), why_no_letter("Which?\\nA. red\\nB. red", "red")
+    ('whose question has no options', 'whose answer is the text of two options')
+    """
+    known = options(question)
+    if not known:
+        return "whose question has no options"
+    same = [text for text in known.values() if text.lower() == answer.strip().lower()]
+    return "whose answer is the text of two options" if len(same) > 1 else "whose answer is none of the options"
 
 
 def columns(benchmark: Benchmark) -> list[str]:
@@ -223,7 +309,7 @@ def _json(path: Path) -> list[dict]:
         if not part.strip():
             continue
         try:
-            found = json.loads(part, parse_float=str, parse_constant=str)
+            found = json.loads(part, parse_float=str, parse_constant=lambda _: None)  # NaN is an empty cell
         except ValueError as e:
             raise ValueError(f"{path} line {number}: not valid JSON ({e})") from e
         found = found if isinstance(found, list) else [found]

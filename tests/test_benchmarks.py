@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 import tasks
-from tasks import benchmarks, load
+from tasks import audit, benchmarks, load
 
 DATA = Path(__file__).parent / "data"
 
@@ -22,14 +22,14 @@ def local(name):
 
 TARGETS = {
     ("math", "train"): ["67", "2", "-16"],  # the third row repeats the first
-    ("aime24", "test"): ["044", "199", "049"],
+    ("aime24", "test"): ["44", "199", "49"],
     ("aime25", "test"): ["180^\\circ", "210", "120"],
-    ("amc23", "test"): ["45.0", "12.5", "27.0"],
-    ("math500", "test"): ["\\frac{3}{4}", "[-1,3]", "\\left( 2, \\frac{\\pi}{2} \\right)", "\\text{odd}"],
-    ("olympiadbench", "test"): ["$-7,7$", "7", "$1$, $2$"],  # the proof has no answer
-    ("minerva", "test"): ["4e33", "\\frac{\\sqrt{3}}{2}", "3e^{t}"],
-    ("gsm8k", "train"): ["18", "2,500", "3"],
-    ("gsm8k", "test"): ["18", "2,500", "3"],
+    ("amc23", "test"): ["45", "12.5", "27"],
+    ("math500", "test"): ["\\frac{3}{4}", "[-1,3]", "( 2, \\frac{\\pi}{2} )", "\\text{odd}"],
+    ("olympiadbench", "test"): ["-7,7", "7", "1, 2"],  # the proof has no answer
+    ("minerva", "test"): ["4 \\times 10^{33}", "\\frac{\\sqrt{3}}{2}", "3e^{t}"],
+    ("gsm8k", "train"): ["18", "2500", "3"],
+    ("gsm8k", "test"): ["18", "2500", "3"],
     ("crossthink-qa", "train"): ["B", "A", "B"],  # an answer that is another option's, and an open question, are gone
     ("crossthink-qa", "test"): ["A"],
     ("zebralogic", "test"): ["B", "B", "B"],
@@ -74,6 +74,10 @@ def test_first_problem_is_judged(name, right, wrong):
 
 
 def test_prompts():
+    assert load("olympiadbench", data=local("olympiadbench"))[0].prompt.startswith(
+        "Please reason step by step, and put your final answer within \\boxed{}. There are several answers: put all of "
+        "them within one \\boxed{}, separated by commas.\n\nQuestion: Determine"
+    )
     assert load("olympiadbench", data=local("olympiadbench"))[1].prompt == (
         "Please reason step by step, and put your final answer within \\boxed{}.\n\n"
         "Context: A troop of 9 soldiers sends 2 on watch.\n\nQuestion: How many soldiers are left?\n\nAnswer:"
@@ -83,6 +87,86 @@ def test_prompts():
         "Context: There are 2 houses, numbered 1 to 2. The cat is left of the dog.\n\n"
         "Question: What animal lives in house 2?\nA. cat\nB. dog\n\nAnswer:"
     )
+
+
+RED_OR_BLUE = "Which colour?\nA. red\nB. blue"
+
+
+@pytest.mark.parametrize(
+    "question, answer, want",
+    [
+        *((RED_OR_BLUE, answer, "B") for answer in ("B", "(B)", "B.", "b", "Blue", "\\boxed{B}", "B - blue")),
+        *((RED_OR_BLUE, answer, None) for answer in ("C", "B. red", "green", "B or A", "", "AB")),
+        *(
+            (f"Which colour?{options}", "blue", "B")
+            for options in (
+                " (A) red (B) blue", " A. red B. blue C. green", "\n(a) red\n(b) blue", "\na) red\nb) blue",
+                "\n[A] red\n[B] blue", "\n**A.** red\n**B.** blue", "\n- A. red\n- B. blue", "\nA、red\nB、blue",
+                "\r\nA. red\r\nB. blue\r\n", "\n(A) red (B) blue\n(C) green (D) black", "\n  A: red\n  B: blue",
+            )
+        ),
+        ("Which point?\nA. C\nB. B\nC. A", "C", "C"),  # a mark before a text
+        ("Which point?\nA. C\nB. B\nC. A", "A", "A"),
+        ("Whose?\nA. B\nB. A", "B", "B"),
+        ("Which?\nA. red\nB. red", "red", None),
+        ("Which?\nA. red\nB. red", "B. red", "B"),
+        ("Who is Dr. A. Smith?", "A", None),
+        ("Does A. win?\nA. yes\nB. no", "no", "B"),
+    ],
+)  # fmt: skip
+def test_the_option_that_an_answer_names(question, answer, want):
+    assert benchmarks.letter(question, answer) == want
+
+
+def test_rows_without_a_usable_answer_are_left_out_and_counted(tmp_path, caplog):
+    def rows_of(name, rows, split="test"):
+        (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+        caplog.clear()
+        return [p.answer for p in load(name, split, data=str(tmp_path / "rows.jsonl"))]
+
+    answers = ['"text\\n#### "', "NaN", "null", '{"value": "3"}', '" "', '"7"', "8.0"]
+    assert rows_of("gsm8k", [f'{{"question": "q{i}", "answer": {a}}}' for i, a in enumerate(answers)]) == ["7", "8"]
+    assert "5 of 7 rows left out: 5 without a question or an answer" in caplog.text
+
+    answers = ["[null]", '[""]', '["$3$", null]', '["$3$", "4"]']
+    rows = [f'{{"question": "q{i}", "final_answer": {a}, "context": "c"}}' for i, a in enumerate(answers)]
+    assert rows_of("olympiadbench", rows) == ["3, 4"]
+
+    questions = ["q?\nA. red\nB. red", "q!\nA. red\nB. blue", "Who?", "Which?\nA. red\nB. blue"]
+    rows = [
+        json.dumps({"puzzle": "p", "question": q, "choices": [], "answer": a})
+        for q, a in zip(questions, ("red", "green", "Ann", "red"))
+    ]
+    assert rows_of("zebralogic", rows) == ["A"]
+    for reason in ("is the text of two options", "is none of the options", "question has no options"):
+        assert f"1 whose {'answer ' if 'is' in reason else ''}{reason}" in caplog.text
+
+
+def test_units_and_tolerances_of_the_columns_and_answers_that_cannot_be_read(tmp_path, caplog):
+    rows = [
+        {"question": "q1", "final_answer": ["$6$"], "context": "c", "unit": "m", "error": None},
+        {"question": "q2", "final_answer": ["2.5"], "context": "c", "unit": None, "error": "1e-1"},
+        {"question": "q3", "final_answer": ["$1, \\ldots, m$"], "context": "c", "unit": None, "error": None},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    problems, task = load("olympiadbench", data=str(file)), tasks.get("olympiadbench")
+    texts = [["\\boxed{6m}", "\\boxed{6}", "\\boxed{6k}"], ["\\boxed{2.6}", "\\boxed{2.7}"], []]
+    assert tasks.judge("olympiadbench", problems, texts).rewards == [[1.0, 1.0, 0.0], [1.0, 0.0], []]
+    assert "math-verify cannot read 1 of 3 answers" in caplog.text and caplog.text.count("\n") == 1
+    lines = audit.audit("olympiadbench", str(file))
+    assert len(lines) == 1 and "1, \\ldots, m" in lines[0]
+    with pytest.raises(ValueError, match="countdown: only datasets of mathematics"):
+        audit.audit("countdown")
+    assert task.reward(problems[0], "\\boxed{6m}") == 1.0
+
+
+def test_what_the_judge_fails_on_is_counted(monkeypatch):
+    problems = [tasks.Problem("", "x+1"), tasks.Problem("", "2")]
+    monkeypatch.setattr(benchmarks.verify, "START", 0.0)
+    benchmarks.verify.stop()
+    judged = tasks.judge("math500", problems, [["\\boxed{(2x+2)/2}", "\\boxed{x+1}"], ["\\boxed{2}"]])
+    assert judged == ([[0.0, 1.0], [1.0]], [], 1)
 
 
 @pytest.mark.parametrize("name", ["math", "math500", "olympiadbench", "zebralogic"])

@@ -96,7 +96,7 @@ def test_what_load_returns_is_checked(body, message, tmp_path):
 def test_a_reward_that_raises_counts_as_0_and_is_named(tmp_path):
     text = "def load(s, d=None): return []\ndef reward(p, text):\n    return {'a': 1, 'b': float('nan')}[text]"
     file = write(tmp_path / "my.py", text)
-    rewards, errors = tasks.judge(file, [tasks.Problem("say a")], [["a", "b", "c"]])
+    rewards, errors, _ = tasks.judge(file, [tasks.Problem("say a")], [["a", "b", "c"]])
     assert rewards == [[1.0, 0.0, 0.0]]
     assert "reward returned nan for the response 'b' to the prompt 'say a'" in errors[0]
     assert "reward raised KeyError: 'c' (line 3), for the response 'c'" in errors[1]
@@ -105,12 +105,12 @@ def test_a_reward_that_raises_counts_as_0_and_is_named(tmp_path):
 def test_several_processes_judge_as_one_does():
     problems = [tasks.Problem("", ((3, 7, 5), 38)), tasks.Problem("", ((1, 2, 4), 7))]
     texts = [["<answer>5*7+3</answer>", "38"], ["<answer>1+2+4</answer>", ""]]
-    assert tasks.judge("countdown", problems, texts, processes=2) == ([[1.0, 0.0], [1.0, 0.0]], [])
+    assert tasks.judge("countdown", problems, texts, processes=2) == ([[1.0, 0.0], [1.0, 0.0]], [], 0)
 
 
 def test_a_judging_process_that_dies_counts_as_0(tmp_path):
     text = "import os\ndef load(s, d=None): return []\ndef reward(p, text): os._exit(1)"
-    rewards, errors = tasks.judge(write(tmp_path / "my.py", text), [tasks.Problem("1")], [["a", "b"]], processes=2)
+    rewards, errors, _ = tasks.judge(write(tmp_path / "my.py", text), [tasks.Problem("1")], [["a", "b"]], processes=2)
     tasks._pool.cache_clear()
     assert rewards == [[0.0, 0.0]] and "a judging process failed: BrokenProcessPool" in errors[0]
 

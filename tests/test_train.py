@@ -314,7 +314,7 @@ def test_dynamic_sampling_replaces_groups_of_equal_reward(sampled, tmp_path, mon
     problems = train.tasks.load("countdown-tiny", "train", 24)
     torch.manual_seed(0)
     args = tiny_args(prompts=6, group=4, max_tokens=96, dynamic=True)
-    (groups, rewards, _), everything = train.sample_dynamic(args, actor, problems, node_run.Clock())
+    (groups, rewards, *_), everything = train.sample_dynamic(args, actor, problems, node_run.Clock())
     assert len(groups) == len(rewards) == 6 and all(0 < r.mean() < 1 for r in rewards)
     assert len(everything) > 6 and len(everything) % 6 == 0, "whole batches are drawn until there are enough"
     plain_groups, plain_rewards, _ = train.sample_batch(args, actor, problems[:6], node_run.Clock())
