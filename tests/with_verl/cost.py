@@ -2,8 +2,9 @@
 
     PYTHONPATH=.:examples OMP_NUM_THREADS=1 .venv-verl/bin/python tests/with_verl/cost.py
 
-One worker of verl's scores a batch with and without credit in turns. Each pair gives a ratio, and the median is
-printed. Times are this process's CPU time. So it matters little what else the machine does.
+One worker of verl's scores a batch in turns: as verl does (rows packed), with credit, and as with credit (a row for
+each response) but without reading the signals. Each turn gives ratios, and their medians are printed. Times are this
+process's CPU time. So it matters little what else the machine does.
 """
 
 import conftest  # noqa: F401  isort: skip
@@ -13,10 +14,13 @@ from statistics import median
 
 import parts
 import torch
+import verl_rhythm
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from verl.utils import tensordict_utils as tu
 
-PAIRS = 7
+from metrics import Signals
+
+TURNS = 7
 
 
 def make_model(folder: str) -> str:
@@ -35,6 +39,13 @@ def time_of(call, *args) -> float:
     return time.process_time() - start
 
 
+def scores_only(model, ids, mask, heads, window, horizon, score) -> Signals:
+    """In the place of observe: the same pass, in which nothing is recorded."""
+    with torch.no_grad():
+        logprobs, entropy = score(model, ids, mask, entropy=True)
+    return Signals(logprobs, entropy, torch.zeros_like(logprobs), torch.zeros_like(logprobs), heads)
+
+
 def measure(name: str, path: str, vocabulary: int, rows: int, lengths: tuple[int, int]) -> None:
     worker = parts.start_worker(path, tokens=4096)
     batch = parts.make_batch(vocabulary, rows, lengths=lengths)
@@ -44,11 +55,15 @@ def measure(name: str, path: str, vocabulary: int, rows: int, lengths: tuple[int
     worker.infer_batch(batch.clone())  # the first passes are slow
     worker.infer_batch(with_credit.clone())
 
-    ratios, with_split, seconds = [], [], []
-    for _ in range(PAIRS):
-        seconds.append(time_of(worker.infer_batch, batch.clone()))
-        ratios.append(time_of(worker.infer_batch, with_credit.clone()) / seconds[-1])
-        with_split.append(time_of(worker.infer_batch, again.clone()) / seconds[-1])
+    own, credit, split, unread = [], [], [], []  # seconds
+    observe = verl_rhythm.observe
+    for _ in range(TURNS):
+        own.append(time_of(worker.infer_batch, batch.clone()))
+        credit.append(time_of(worker.infer_batch, with_credit.clone()))
+        split.append(time_of(worker.infer_batch, again.clone()))
+        verl_rhythm.observe = scores_only
+        unread.append(time_of(worker.infer_batch, with_credit.clone()))
+        verl_rhythm.observe = observe
 
     # An update on the same batch.
     train = batch.clone()
@@ -56,20 +71,22 @@ def measure(name: str, path: str, vocabulary: int, rows: int, lengths: tuple[int
     train["old_log_probs"] = parts.jagged([torch.zeros(int(n)) for n in sizes])
     train["advantages"] = parts.jagged([torch.ones(int(n)) for n in sizes])
     tu.assign_non_tensor(train, mini_batch_size=rows, global_batch_size=rows, compute_loss=True)
-    updates = [time_of(worker.train_mini_batch, train.clone()) / median(seconds) for _ in range(3)]
+    update = median(time_of(worker.train_mini_batch, train.clone()) for _ in range(3))
 
-    ratio, split, update = median(ratios), median(with_split), median(updates)
-    extra = 0.9 * (ratio - 1) + 0.1 * (split - 1)  # the split is measured at one batch of ten
+    def ratio(of: list[float], to: list[float]) -> str:
+        ratios = [x / y for x, y in zip(of, to)]
+        return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
     tokens = int(batch["input_ids"].offsets()[-1])
     print(
-        f"| {name} | {tokens:,} | {median(seconds):.2f} s | {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
-        f"{split:.2f} | {update:.1f} | {100 * extra / (1 + update):.1f} % |",
+        f"| {name} | {tokens:,} | {median(own):.2f} s | {ratio(credit, own)} | {ratio(credit, unread)} | "
+        f"{ratio(split, unread)} | {update / median(own):.1f} |",
         flush=True,
     )
 
 
 if __name__ == "__main__":
-    print("| model | tokens | scoring pass | with credit, ratio | measuring the split too | update, ratio | extra |")
+    print("| model | tokens | verl's | credit / verl's | credit / unread | with split / unread | update / verl's |")
     print("|---|---|---|---|---|---|---|")
     measure("the tiny model, 1.4 million weights", parts.TINY, 30, rows=64, lengths=(20, 128))
     with tempfile.TemporaryDirectory() as folder:

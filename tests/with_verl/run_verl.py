@@ -1,6 +1,7 @@
 """verl's own command on a machine without GPU: the tiny model learns Countdown.
 
     .venv-verl/bin/python tests/with_verl/run_verl.py --out runs/verl [overrides of verl's config]
+    python tests/with_verl/run_verl.py --report lab/records/verl/countdown-coupled.jsonl
 
 Two workers on a local Ray, FSDP2 over both, verl's agent loops, reward workers and trainer. In the place of vLLM's
 servers are two of cpu_backend.py's.
@@ -59,6 +60,8 @@ SETTINGS = [
     "+ray_kwargs.ray_init.include_dashboard=False",
 ]
 
+VALIDATION = "val-core/countdown-tiny/acc/mean@4"
+
 
 def run(folder: Path, *overrides: str, train: int = 640, test: int = 64) -> list[dict]:
     """One run of verl's command. Returns what it logged, a dict a step. Raises with its output's end if it failed."""
@@ -91,10 +94,32 @@ def run(folder: Path, *overrides: str, train: int = 640, test: int = 64) -> list
     return [json.loads(line)["data"] for line in log.read_text().splitlines()]
 
 
+def report(path: Path) -> None:
+    """Print what a run learned, from what it logged."""
+    steps = [json.loads(line)["data"] for line in path.read_text().splitlines()]
+    validations = [step[VALIDATION] for step in steps if VALIDATION in step]
+    steps = [step for step in steps if "rhythm/gamma" in step]
+    before, after = validations[0], validations[-1]
+    # Sampling error of 256 responses before and 256 after; the problems are the same.
+    half = 1.96 * ((before * (1 - before) + after * (1 - after)) / 256) ** 0.5
+    print(
+        f"held-out success {100 * before:.1f} % -> {100 * after:.1f} %, {100 * (after - before):+.1f} points "
+        f"(95 % interval ± {100 * half:.1f}), {len(steps)} steps"
+    )
+    for name in ("rhythm/gamma", "rhythm/credited", "rhythm/clipped_credited", "rhythm/clipped_others",
+                 "training/rollout_probs_diff_max"):  # fmt: skip
+        values = [step[name] for step in steps]
+        print(f"{name}: {min(values):.2g} to {max(values):.2g}, mean {sum(values) / len(values):.4f}")
+    shares = sorted(step["timing_s/old_log_prob"] / step["timing_s/step"] for step in steps)
+    print(f"old_log_prob, median share of a step: {100 * shares[len(shares) // 2]:.1f} %")
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/verl"))
+    parser.add_argument("--report", type=Path, help="print what this file, a run's metrics.jsonl, says, and stop")
     args, overrides = parser.parse_known_args()
-    for step in run(args.out, *overrides):
-        print(step)
+    if args.report is None:
+        run(args.out, *overrides)
+    report(args.report or args.out / "metrics.jsonl")
