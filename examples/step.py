@@ -102,7 +102,7 @@ def take_step(model, tokenizer, problem: tasks.Problem, args: train.Args) -> Ste
     """One training step on one group. The model given is the sampler's. It ends with the new weights."""
     # Sections 1-3: sample, verify, advantages.
     sampler = TorchActor(model, tokenizer, args.max_model_len)
-    (rollouts,), rewards, _ = train.sample_batch(args, sampler, [problem], Clock())
+    (rollouts,), rewards, *_ = train.sample_batch(args, sampler, [problem], Clock())
     advantages = group_advantages(rewards).flatten().to(model.device)  # [G]
     input_ids, mask, sampler_logprobs = (x.to(model.device) for x in pad_batch(rollouts))  # [G,N]
 

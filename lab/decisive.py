@@ -94,7 +94,7 @@ def train_run(model, actor, weights: dict, args: train.Args, test_set: list[task
     heads, success, rewards_by_step, norms = None, {}, [], []
     for step in range(STEPS):
         problems = take_problems(train_set, step * args.prompts, args.prompts, args.seed)
-        groups, rewards, _ = train.sample_batch(args, actor, problems, Clock())
+        groups, rewards, *_ = train.sample_batch(args, actor, problems, Clock())
         rollouts = [r for group in groups for r in group]
         input_ids, mask, _ = pad_batch(rollouts)
         advantages = group_advantages(rewards).flatten()

@@ -317,7 +317,7 @@ def test_dynamic_sampling_replaces_groups_of_equal_reward(sampled, tmp_path, mon
     (groups, rewards, *_), everything = train.sample_dynamic(args, actor, problems, node_run.Clock())
     assert len(groups) == len(rewards) == 6 and all(0 < r.mean() < 1 for r in rewards)
     assert len(everything) > 6 and len(everything) % 6 == 0, "whole batches are drawn until there are enough"
-    plain_groups, plain_rewards, _ = train.sample_batch(args, actor, problems[:6], node_run.Clock())
+    plain_groups, plain_rewards, *_ = train.sample_batch(args, actor, problems[:6], node_run.Clock())
     assert len(plain_groups) == 6 and plain_rewards.shape == (6, 4)
 
     rewards = iter([0.0, 0.0, 0.0, 1.0] * 2 + [0.0] * 999)  # two groups differ, of the six that are wanted
