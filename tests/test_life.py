@@ -127,7 +127,15 @@ def test_without_locks_in_the_file_system_a_run_says_so(one_step, monkeypatch, c
     assert "has no locks (No locks available)" in capsys.readouterr().out
 
 
-def test_a_run_that_does_not_start_leaves_no_folder(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as in a terminal. A background job of a shell, which may run the tests, ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_that_does_not_start_leaves_no_folder(tmp_path, monkeypatch, capsys, ctrl_c):
     def no_memory(*args, **how):
         raise ValueError("vLLM has no memory")
 
