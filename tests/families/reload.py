@@ -150,7 +150,7 @@ def try_family(family: str, tied: bool) -> list[str]:
 def run_alone(family: str, tied: str) -> list[str]:
     """try_family in a process of its own, because vLLM allows one engine in a process."""
     command = [sys.executable, "-m", "tests.families.reload", "--one", family, tied]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     if done.returncode == 0:
         return done.stdout.strip().splitlines()[-1].split("\t")
     reason = (done.stderr.strip().splitlines() or ["?"])[-1].removeprefix("[rank0]: ").replace("|", "/")
