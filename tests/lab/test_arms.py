@@ -66,6 +66,8 @@ def test_gamma_without_the_first_token_is_that_of_such_signals(tmp_path, monkeyp
         "countdown-tiny",
         "--prompts",
         8,
+        "--seed",
+        1,
         "--out",
         tmp_path / "run",
         *SMALL,
