@@ -104,6 +104,7 @@ def whole_pass(args: Args) -> None:
         vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
         num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
     )  # fmt: skip
+    # A random model of the shape of Qwen3-0.6B.
     model = Qwen3ForCausalLM(config).to(DEVICE, DTYPE).eval()
     layers = middle_layers(config.num_hidden_layers)
     rows = [["tokens", "scoring pass", "WAAD and FAI alone", "pass with them", "and the split",
@@ -113,6 +114,7 @@ def whole_pass(args: Args) -> None:
         mask = torch.arange(n, device=DEVICE)[None] >= 100
         heads = metrics.observe(model, ids[:, :256], mask[:, :256]).heads
 
+        # The passes to be compared.
         def plain(ids=ids, mask=mask) -> None:
             with torch.no_grad():
                 token_logprobs(model, ids, mask, entropy=True)
@@ -125,6 +127,7 @@ def whole_pass(args: Args) -> None:
             alone.append(clock.seconds["signals"])
 
         def eager(ids=ids, mask=mask, heads=heads) -> None:
+            # transformers' own maps of the five layers, then WAAD and FAI by their definitions.
             maps: dict[int, Tensor] = {}
             hooks = [
                 model.model.layers[layer].self_attn.register_forward_hook(
@@ -151,6 +154,7 @@ def whole_pass(args: Args) -> None:
         if n <= args.maps_to:
             runs["eager"] = eager
         found = take_turns(runs, args.repeats, f"{n} tokens")
+        # Times as multiples of the plain pass.
         base, floor = found["plain"]
         cells = [f"{base:.2f} s, {floor:,.0f} MiB", f"{100 * statistics.median(alone) / base:.2f} %"]
         cells += [f"× {found[r][0] / base:.3f}, {found[r][1]:,.0f} MiB" for r in ("signals", "split")]
@@ -163,12 +167,14 @@ def one_layer(args: Args) -> None:
     """One layer's attention of 16 heads (8 key heads) of 128, five of them local, five global."""
     rows = [["tokens", "fused attention", "WAAD, FAI", "FAI to the end", "spans", "maps, then WAAD, FAI"]]
     for n in args.lengths:
+        # Random queries and keys; the first five heads are local, the next five global.
         g = torch.Generator().manual_seed(0)
         q, k = (torch.randn(1, h, n, 128, generator=g).to(DEVICE, DTYPE) for h in (16, 8))
         mask = torch.arange(n, device=DEVICE)[None] >= 100
         layer = Recorded(q, k, SCALE, fused_attention(q, k, k, SCALE)[1], None)
         is_local, is_global = (torch.arange(16, device=DEVICE) // 5 == i for i in (0, 1))
 
+        # Without maps, and with them.
         def signals(horizon=(10, 100), layer=layer, mask=mask, is_local=is_local, is_global=is_global) -> None:
             metrics.streamed_waad([(layer, is_local)], mask).mean(1)
             metrics.streamed_fai([(layer, is_global)], mask, horizon).mean(1)
@@ -205,6 +211,7 @@ def whole_step(args: Args) -> None:
 
     from examples.trl_rhythm import GRPOConfig, RhythmGRPOTrainer
 
+    # 1. Our side: train.py's settings, model and sampler.
     given = {name: getattr(args, name) for name in ("model", "task", "prompts", "minibatches", "max_tokens")}
     ours, _ = fill_defaults(train.Args(lr=1e-6, **given), train.DEFAULTS, args.model)
     auto = precision.choose_dtype("auto", load_config(args.model))
@@ -218,6 +225,8 @@ def whole_step(args: Args) -> None:
     actor = start_actor("vllm", ours.model, ours.max_model_len, 0, ours.kv_cache_gib, dtype=ours.dtype)
     optimizer = torch.optim.AdamW(model.parameters(), ours.lr, weight_decay=0.0, fused=True)
     generator, heads = torch.Generator().manual_seed(0), None
+
+    # 2. Who takes which turn, and what is noted of it.
     by_prompt = {p.prompt: p for p in problems}
     names = {"uniform": "TRL", "coupled": "TRL, coupled"}
     turns: list[dict[str, float]] = [{}]
@@ -278,6 +287,7 @@ def whole_step(args: Args) -> None:
             turns.append({})
             bar.update()
 
+    # 3. TRL's side: the same settings, in passes of at most TRL_TOKENS tokens.
     pieces = next(n for n in range(1, size + 1) if size % n == 0 and size * ours.max_tokens <= n * TRL_TOKENS)
     batches = [problems[i * ours.prompts :][: ours.prompts] for i in range(args.repeats + 1) for _ in names]
     config = GRPOConfig(
@@ -302,6 +312,8 @@ def whole_step(args: Args) -> None:
         ],
     )
     trainer.remove_callback(PrinterCallback)
+
+    # 4. Run, and print the medians over the turns.
     with tqdm(total=args.repeats + 1, desc="turns") as bar, time_signals() as clock:
         trainer.train()
     actor.close()

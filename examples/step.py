@@ -297,7 +297,7 @@ def describe_tokens(step: Step, b: int, first: int, texts: list[str]) -> list[di
 
 def describe_group(step: Step, epsilon: float) -> dict:
     """The responses with reward, advantage and losses; the losses of the group; what the gradient steps did."""
-    old_logprobs = step.logprobs[0]
+    old_logprobs = step.logprobs[0]  # of the pass before the first gradient step, so pi_old
 
     def losses(rows: slice) -> list[float]:
         """Before the first gradient step, and after each."""
@@ -317,6 +317,7 @@ def describe_group(step: Step, epsilon: float) -> dict:
         }
         for i, rollout in enumerate(step.rollouts)
     ]
+    # Of the group as a whole.
     return {
         "responses": responses,
         "rewards_mean": step.rewards.mean().item(),

@@ -242,6 +242,7 @@ def align(rows: list[list]) -> str:
 def text(facts: dict) -> str:
     """The page as text for the terminal. The rule of each token in words is on the page alone."""
     says, responses = facts["says"], facts["responses"]
+    # The small tables.
     numbers = range(1, len(responses) + 1)
     sampled = [
         f"{n} {'>' if n - 1 == facts['followed'] else ' '} {response['text']}"
@@ -249,6 +250,7 @@ def text(facts: dict) -> str:
     ]
     rewards = [["response", *numbers], ["r", *(f"{response['reward']:g}" for response in responses)]]
     heads = [(f"{h['layer']}.{h['head']}", f"{h['span']:.1f}", h["group"]) for h in facts["heads"]]
+    # One part for each section of the page, with the same number.
     parts = [
         says["what"],
         f"1  Sample: {len(responses)} responses to {facts['prompt']}",

@@ -67,6 +67,7 @@ def read_settings(config) -> Rhythm | None:
     section = config.algorithm.get("rhythm")
     if section is None:
         return None
+    # Known names, and values that work: gamma of one token is made with them.
     names = [field.name for field in fields(Rhythm)]
     if unknown := sorted(set(section) - set(names)):
         raise ValueError(f"algorithm.rhythm has no setting {', '.join(unknown)}; it has {', '.join(names)}")
@@ -83,6 +84,7 @@ def read_settings(config) -> Rhythm | None:
     if settings.credit == "uniform":
         return None
 
+    # What of verl's own settings the credit cannot follow: a text for each, and whether it is set.
     actor, trainer = config.actor_rollout_ref.actor, config.trainer
     correction = config.algorithm.get("rollout_correction") or {}
     obstacles = {

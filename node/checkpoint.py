@@ -94,6 +94,8 @@ def _read_weights(model, name: str, folder: Path) -> None:
                 files[stored_name], shapes[stored_name] = path, file.get_slice(stored_name).get_shape()
     if not files:
         raise ValueError(f"{name!r} has no .safetensors files, and only those can be read in shares")
+
+    # Weights that are stored as the model has them: each rank reads its share.
     renamed, sources = find_sources(model, files)
     tensors = {key: tensor.detach() for key, tensor in stored_tensors(model).items()}
     missing = tensors.keys() - renamed.values()
@@ -105,12 +107,15 @@ def _read_weights(model, name: str, folder: Path) -> None:
         with safe_open(files[stored_name], "pt") as file:
             return file.get_tensor(stored_name)
 
+    # Weights that transformers makes from several stored ones.
     for source in sources:
         made = from_stored(model, source, read)
         for key in made:
             _copy_share(tensors[key], made[key])
         missing -= made.keys()
         del made  # or it would be held while the next is made
+
+    # What is missing, and what is left over.
     joined = {stored_name for source in sources for stored_name, _ in source.parts}
     check_weights(name, model, missing, files.keys() - renamed.keys() - joined - model.state_dict().keys())
 
@@ -172,6 +177,7 @@ def save(folder: Path, state: dict, model, tokenizer, optimizer, keep: int, args
     final, making = folder / f"checkpoint-{state['step']}", folder / UNFINISHED
     first = ranks.rank() == 0
     try:
+        # Rank 0 writes the small files; all ranks gather the weights, and write their own parts of the moments.
         if first:
             _save_description(making, model, tokenizer)
             torch.save(state, making / "trainer.pt")
@@ -180,6 +186,7 @@ def save(folder: Path, state: dict, model, tokenizer, optimizer, keep: int, args
         _save_weights(model, making)
         moments = get_optimizer_state_dict(model, optimizer)
         dcp.save(moments, checkpoint_id=making / "optimizer", no_dist=_is_alone())
+        # The manifest comes last, and the folder gets its name when all of it is on the disk.
         if first:
             files = sorted(f for f in making.rglob("*") if f.is_file())
             manifest = {str(f.relative_to(making)): [f.stat().st_size, _crc(f)] for f in files}

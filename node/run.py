@@ -136,6 +136,7 @@ class Run:
 
     def finish_step(self, record: dict) -> None:
         """Log a step, save when due, and stop a run that cannot go on."""
+        # Count and log it.
         self.doing, self.weights_changed = SAVING, False
         self.step += 1
         self.data_position += record["problems"]
@@ -145,6 +146,7 @@ class Run:
             self.samples.append({"step": self.step, **spell_sample(sample, self.tokenizer)})
         self.bar.set_postfix({name: format(record[name], spec) for name, spec in SHOWN.items()})
         self.bar.update()
+        # What goes on, but should be known.
         unequal_groups = record["unequal_groups"]
         if self.args.dynamic and unequal_groups < self.args.prompts:
             self.say(
@@ -155,11 +157,13 @@ class Run:
         if warning and self.step - self.said_equal_at >= SAY_AGAIN:
             self.said_equal_at = self.step
             self.say(f"step {self.step}: {warning} To read the responses: python -m node.look {self.folder}")
+        # What ends the run: a fault, or somebody who has asked for it. It is saved first.
         self.skips = self.skips + 1 if record["skipped"] else 0
         self._stop_if_broken(record)
         if self.step == self.args.steps or self.step % self.args.save_every == 0:
             self.save()
         self._stop_if_asked()
+        # What comes next. A run that was asked to stop is evaluated only if this was its last step.
         self.doing = EVALUATION
         self.evaluation_is_due = self._evaluates_here() and (not self.stopping or self.step == self.args.steps)
 
