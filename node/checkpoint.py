@@ -37,7 +37,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import AutoModelForCausalLM
 
 from node import ranks
-from node.output import write_whole
+from node.output import in_one_line, write_whole
 from node.settings import (
     check_not_quantized,
     check_shapes,
@@ -149,7 +149,7 @@ def _parameters_without_memory() -> Iterator[None]:
 def _reason(e: Exception) -> str:
     """What went wrong, in one line; if several ranks failed, the first of them."""
     cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
-    return str(cause).strip().splitlines()[0]
+    return in_one_line(cause)
 
 
 def _crc(path: Path) -> int:
@@ -216,9 +216,7 @@ def try_saving(folder: Path, model, tokenizer, keep: int, saves_left: int) -> No
     try:
         _save_description(making, model, tokenizer)
     except Exception as e:  # whatever transformers refuses to write
-        raise ValueError(
-            f"a checkpoint of this model cannot be written: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
-        ) from e
+        raise ValueError(f"a checkpoint of this model cannot be written: {type(e).__name__}: {in_one_line(e)}") from e
     finally:
         shutil.rmtree(making, ignore_errors=True)
     to_come = min(saves_left, max(1, keep + 1 - len(list_checkpoints(folder))))

@@ -43,7 +43,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from grpo import CHUNK
 from node.checkpoint import SHARD_BYTES
-from node.output import markdown
+from node.output import in_one_line, markdown
 from node.ranks import decoder_layers
 
 GIB = 2**30
@@ -160,18 +160,14 @@ def describe(config, *how, **more) -> tuple[str, str]:
         with torch.device("meta"):
             weights = f"{AutoModelForCausalLM.from_config(config).num_parameters():,} weights"
     except Exception as e:  # whatever the model's code cannot do without memory
-        weights = f"its weights cannot be counted without making them ({_first_line(e)})"
+        weights = f"its weights cannot be counted without making them ({in_one_line(e)})"
     try:
         gib = estimate(config, *how, **more)
     except Exception as e:  # whatever this configuration lacks
-        reason = f"the formula does not fit {config.model_type} ({_first_line(e)})"
+        reason = f"the formula does not fit {config.model_type} ({in_one_line(e)})"
         return weights, f"GiB on each GPU: not computed, because {reason}"
     parts = ", ".join(f"{name} {size:.1f}" for name, size in gib.items() if size >= 0.05)
     return weights, f"GiB on each GPU, computed: {parts}"
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
 def largest_micro_tokens(limit_gib: float, context: int, config, **how) -> int:

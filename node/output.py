@@ -18,6 +18,16 @@ def print_in_any_locale() -> None:
             stream.reconfigure(errors="replace")
 
 
+def in_one_line(e: BaseException) -> str:
+    """What an exception says, in one line that is not too long.
+
+    >>> in_one_line(ValueError(" no such layer ")), in_one_line(KeyError("layer"))
+    ('no such layer', "KeyError('layer')")
+    """
+    says_enough = str(e).strip() and not isinstance(e, LookupError)  # a KeyError's text is only the key
+    return " ".join((str(e) if says_enough else repr(e)).split())[:250]
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write to a temporary file, then rename it, so that the file is never half-written."""
     unfinished = path.with_name(path.name + ".new")

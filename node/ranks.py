@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from node.output import in_one_line
 from node.weights import stored_groups, stored_tensors, to_stored
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C has ended
@@ -91,9 +92,8 @@ def errors_in_one_line() -> Iterator[None]:
         is_memory = isinstance(e, (MemoryError, torch.OutOfMemoryError))
         if calls[-1] is ours[-1] and not is_memory:  # raised in our own code
             raise
-        what = (str(e).strip().splitlines() or ["no message"])[0]
         exit_with_error(
-            f"{type(e).__name__}: {what} (raised by {_library(calls[-1].filename)}, called in "
+            f"{type(e).__name__}: {in_one_line(e)} (raised by {_library(calls[-1].filename)}, called in "
             f"{Path(ours[-1].filename).name}, line {ours[-1].lineno})"
         )
     except KeyboardInterrupt:

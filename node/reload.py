@@ -7,6 +7,7 @@ of a mixture, nor an output head that is tied to the embedding. Nothing warns; t
 import torch
 
 from node import ranks
+from node.output import in_one_line
 
 
 def copy_weights(llm, model) -> None:
@@ -25,11 +26,10 @@ def wake(llm, what: str) -> None:
     try:
         llm.wake_up(tags=[what])
     except RuntimeError as e:  # CUDA's, and vLLM's own
-        reason = (str(e).strip().splitlines() or ["?"])[0]
         ranks.exit_with_error(
-            f"vLLM cannot take back the GPU memory of its {what} after it has slept: {reason}. Another process may use "
-            "this GPU: see nvidia-smi. If none does, lower --micro_tokens or --kv_cache_gib. Then resume from the last "
-            "checkpoint"
+            f"vLLM cannot take back the GPU memory of its {what} after it has slept: {in_one_line(e)}. "
+            "Another process may use this GPU: see nvidia-smi. If none does, lower --micro_tokens or --kv_cache_gib. "
+            "Then resume from the last checkpoint"
         )
 
 

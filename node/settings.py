@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import cached_file, find_adapter_config_file
 
 from node import ranks
-from node.output import print_in_any_locale
+from node.output import in_one_line, print_in_any_locale
 
 # The tiny model, which comes with the code: found from any folder.
 TINY = "assets/tiny" if os.path.isdir("assets/tiny") else str(Path(__file__).parents[1] / "assets" / "tiny")
@@ -151,12 +151,6 @@ def check_files(name: str) -> None:
                 json.loads(path.read_bytes())
         except (SafetensorError, ValueError) as e:
             raise ValueError(f"{path} is damaged ({in_one_line(e)}): copy it again") from e
-
-
-def in_one_line(e: Exception) -> str:
-    """What an exception of a library says, in one line that is not too long."""
-    text = repr(e) if isinstance(e, LookupError) else str(e)  # a KeyError's text is only the key
-    return " ".join(text.split())[:250]
 
 
 def check_length(name: str, config, tokens: int, argument: str) -> None:

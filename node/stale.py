@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from grpo import token_logprobs
 from node import precision, ranks
+from node.output import in_one_line
 from node.run import gap_limit_at_start
 from node.weights import stored_groups, stored_tensors
 from rollout import pad_batch
@@ -55,9 +56,8 @@ def try_reload(sampler, model, problems: list[Problem], max_tokens: int, dtype: 
         try:
             sampler.reload(model)
         except Exception as e:  # whatever vLLM raises for names or shapes that it does not expect
-            reason = (str(e).strip().splitlines() or ["?"])[0]
             raise ValueError(
-                f"{kind}: vLLM cannot take over its weights ({type(e).__name__}: {reason}). {remedy}"
+                f"{kind}: vLLM cannot take over its weights ({type(e).__name__}: {in_one_line(e)}). {remedy}"
             ) from e
         gap = max(gap, check_gap("after a reload of changed weights"))
     sampler.reload(model)

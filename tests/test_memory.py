@@ -214,7 +214,7 @@ def test_a_plan_of_a_model_that_cannot_be_made_says_so(monkeypatch):
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", from_config)
     weights, gib = memory.describe(OTHERS[0])
-    assert (
-        weights == "its weights cannot be counted without making them (Tensor.item() cannot be called on meta tensors)"
+    assert weights == (
+        "its weights cannot be counted without making them (Tensor.item() cannot be called on meta tensors more)"
     )
     assert gib.startswith("GiB on each GPU: not computed") and "\n" not in gib
