@@ -92,9 +92,9 @@ def read_settings(config) -> Rhythm | None:
             actor.strategy not in ("fsdp", "fsdp2")
         ),
         "sequence parallelism, where no rank holds whole rows; set ulysses_sequence_parallel_size=1": (
-            max(actor.get("ulysses_sequence_parallel_size", 1), actor.fsdp_config.ulysses_sequence_parallel_size) > 1
-            if actor.strategy in ("fsdp", "fsdp2")
-            else False
+            actor.strategy in ("fsdp", "fsdp2")
+            and max(actor.get("ulysses_sequence_parallel_size", 1), actor.fsdp_config.ulysses_sequence_parallel_size)
+            > 1
         ),
         "rollout_correction.bypass_mode=True, where nothing scores pi_old; set it to False": (
             correction.get("bypass_mode", False)
@@ -204,17 +204,20 @@ class RhythmEngine(FSDPEngineWithLMHead):
     def _measure_heads(self, ids: Tensor, mask: Tensor, passes: list[tuple[Tensor, int, bool]]) -> Heads | None:
         """One split for all ranks: spans are means over the response tokens of all passes of all ranks."""
         spans, tokens = 0.0, torch.zeros((), device=ids.device)
-        for rows, width, counts in passes:
+        for rows, width, is_new in passes:
             response = mask[rows, :width]
             measured = measure_heads(self.module, ids[rows, :width], response, score=self._score)
-            weight = response.sum() * counts
+            weight = response.sum() * is_new
             spans, tokens = spans + measured.spans.nan_to_num() * weight, tokens + weight
         for total in (spans, tokens):
             dist.all_reduce(total, group=self.get_data_parallel_group())
         return Heads(measured.layers, spans / tokens, *split_heads(spans / tokens)) if tokens > 0 else None
 
     def _equally_many(self, passes: list[tuple[Tensor, int]]) -> list[tuple[Tensor, int, bool]]:
-        """A rank's passes, each with whether it counts. Ranks with fewer repeat some: FSDP gathers weights together."""
+        """The passes of one rank, each with False if it is repeated.
+
+        All ranks must make equally many, or FSDP deadlocks. So a rank with fewer repeats some.
+        """
         most = torch.tensor(len(passes), device=get_device_id())
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self.get_data_parallel_group())
         return [(*passes[i % len(passes)], i < len(passes)) for i in range(int(most))]

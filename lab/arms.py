@@ -80,8 +80,9 @@ NO_FIRST = {
     f"{name}, no first token": Arm({"credit": name}, partial(without_first_token, name))
     for name in ("local", "global", "coupled")
 }
-RATES = {f"uniform, lr {lr:.0e}".replace("e-0", "e-"): Arm({"credit": "uniform", "lr": lr})
-         for lr in (2e-5, 8e-5, 1e-4, 2e-4, 4e-4)}  # fmt: skip
+RATES = {
+    f"uniform, lr {lr}": Arm({"credit": "uniform", "lr": float(lr)}) for lr in ("2e-5", "8e-5", "1e-4", "2e-4", "4e-4")
+}
 ARMS = {**MAIN, **ABLATIONS, **LOUD, **BY_TEXT, **NO_FIRST, **RATES}
 BASELINE = ("uniform", "scaled", "entropy")  # AdamW divides gamma's size out, so these three are one treatment
 

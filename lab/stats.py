@@ -1,6 +1,5 @@
 """The laboratory's statistics, in one place: every interval of every table is made here.
 
-    student_t         the mean of a few independent numbers: Student's t
     fit_contrast      one arm less another in the model value = arm + block, where a block is a seed of a setting.
                       Student's t from the residuals of all arms: many more degrees of freedom than pairs of seeds
     permuted_slope    the slope of a value on a property of the arms, by permutation of the arms
@@ -40,16 +39,6 @@ def from_error(value: float, error: float, df: float) -> Estimate:
     half = stats.t.ppf(0.975, df) * error
     p = 2 * stats.t.sf(abs(value) / error, df) if error > 0 else float("nan")
     return Estimate(float(value), float(value - half), float(value + half), float(p))
-
-
-def student_t(x: Sequence[float]) -> Estimate:
-    """The mean of independent numbers.
-
-    >>> student_t([1.0, 2.0, 3.0]).text(".2f")
-    '2.00 (-0.48 to 4.48)'
-    """
-    x = np.asarray(x, dtype=float)
-    return from_error(x.mean(), x.std(ddof=1) / len(x) ** 0.5, len(x) - 1)
 
 
 # ---- Runs: arms and blocks ----

@@ -14,7 +14,7 @@ from torch import Tensor
 def print_in_any_locale() -> None:
     """Let print() write "?" for what the terminal cannot show, where it would raise: "±" in an ASCII locale, say."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has it not
+        if hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
             stream.reconfigure(errors="replace")
 
 

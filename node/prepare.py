@@ -175,9 +175,9 @@ def check_resumed(args, checkpoint: Path, state: dict, problems: dict[str, list]
         "training": args.data or args.task,
         "held-out": args.eval_data or args.data or args.eval_task or args.task,
     }
-    for kind, (count, print_now) in problems.items():
-        count_then, print_then = (state.get("problems") or problems)[kind]
-        if (count, print_now) != (count_then, print_then):
+    for kind, (count, hash_now) in problems.items():
+        count_then, hash_then = (state.get("problems") or problems)[kind]
+        if (count, hash_now) != (count_then, hash_then):
             raise ValueError(
                 f"--resume {args.resume}: the {kind} problems of {sources[kind]} are not those that the run had "
                 f"({count} now, {count_then} then). Restore them, and the arguments in args.json that choose them, or "
@@ -256,9 +256,9 @@ def _some_tokens(model) -> torch.Tensor:
 
 
 def load(args, source: str | Path, device: torch.device, state: dict | None = None):
-    """state: that of the checkpoint to resume from, if source is one.
+    """Load the model (float32, on the device, sharded), the tokenizer, the training and the held-out problems.
 
-    Returns model (float32, on the device, sharded), tokenizer, training and held-out problems.
+    source: a model, or a checkpoint to resume from; then state is the checkpoint's.
 
     Raises ValueError for what would stop the run later: too few problems, an output head that cannot be scored, or
     attention that cannot be recorded although the credit needs it.

@@ -80,7 +80,7 @@ def errors_in_one_line() -> Iterator[None]:
     - ImportError, RuntimeError, SafetensorError, if a library raises them: a package that is missing, a GPU that cannot
       be used, a file that cannot be read. The line names the library, and our line that called it.
     - MemoryError, torch.OutOfMemoryError: the host or the GPU has too little memory.
-    - KeyboardInterrupt: Ctrl-C before anything was trained.
+    - KeyboardInterrupt: Ctrl-C before the first step of this process.
     """
     try:
         yield
@@ -97,7 +97,7 @@ def errors_in_one_line() -> Iterator[None]:
             f"{Path(ours[-1].filename).name}, line {ours[-1].lineno})"
         )
     except KeyboardInterrupt:
-        print_once("stopped before the first step, as asked: nothing was trained. To start again: the same command")
+        print_once("stopped before the first step, as asked: nothing has changed. To start again: the same command")
         sys.exit(INTERRUPTED)
 
 

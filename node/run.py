@@ -109,7 +109,7 @@ class Run:
         return self.stopping or self.step >= self.args.steps
 
     def begin_step(self, problems: list) -> tuple[list, torch.Generator]:
-        """The problems of the next step, of all training problems, and its random generator. Seeds the sampling, too.
+        """Seed the sampling of the next step. Returns its problems, chosen from all, and its random generator.
 
         The seeds depend on --seed and the step only. So evaluations do not change what is sampled in training, and a
         run that is resumed samples as if it had not been stopped.
@@ -308,6 +308,7 @@ class Run:
 
     def summary(self) -> str:
         """The last lines: what came out and where it is, or how to resume."""
+        # The last step is always evaluated, so a run without this evaluation was stopped.
         if self.evaluated_step != self.args.steps:
             where = f"after step {self.step}" if self.step else "before the first step"
             return f"stopped {where}, as asked. To resume: {resume_command(self.folder)}"

@@ -232,7 +232,9 @@ def end_tokens(tokenizer, config, generation_config: GenerationConfig | None) ->
         ("tokenizer_config.json", tokenizer), ("config.json", config), ("generation_config.json", generation_config)
     ):  # fmt: skip
         given = getattr(owner, "eos_token_id", None)
-        for end in given if isinstance(given, list) else [] if given is None else [given]:
+        if given is None:
+            continue
+        for end in given if isinstance(given, list) else [given]:
             if not isinstance(end, int):
                 raise ValueError(
                     f"{tokenizer.name_or_path}, {file}: eos_token_id {given!r}: must be a number or a list of numbers"

@@ -11,7 +11,7 @@ Conventions, where people would differ:
 - 7 % is 7 or 0.07, whichever the gold is. Units are not compared, a unit may be missing.
 - A list is right in any order, with the right number of elements. A tuple is right in its own order.
 - Upper and lower case are one letter, unless the gold or the answer has both.
-- A box counts wherever it stands, also inside <think>.
+- A box counts wherever it stands, also inside <think>. For a list all boxes count, so a first try spoils it.
 
 Known limits: the judge may be wrong about these.
 
@@ -540,14 +540,29 @@ def lists(gold: str, answer: str, again: Ask) -> bool | None:
 
 
 def _match(theirs: list[str], ours: list[str], again: Ask) -> bool:
-    """Can the elements of two lists, equally long, be paired? Equality is transitive, so the first partner will do."""
-    ours = list(ours)
-    for gold in theirs:
-        partner = next((i for i, answer in enumerate(ours) if again(gold, answer)), None)
-        if partner is None:
-            return False
-        del ours[partner]
-    return True
+    """Can the elements of two lists, equally long, be paired?
+
+    With a tolerance, or per cent, the first partner may be the wrong one. So a partner may be given up for another
+    (augmenting paths).
+
+    >>> def near(gold, answer): return abs(float(gold) - float(answer)) <= 0.1
+    >>> _match(["1", "1.15"], ["1.08", "0.95"], near), _match(["1", "1.15"], ["1.08", "1.2"], near)
+    (True, True)
+    >>> _match(["1", "1.15"], ["1.2", "1.2"], near)
+    False
+    """
+    gold_of = {}  # number of an answer -> number of the gold that it is paired with
+
+    def find_partner(gold: int, tried: set[int]) -> bool:
+        for i, answer in enumerate(ours):
+            if i not in tried and again(theirs[gold], answer):
+                tried.add(i)
+                if i not in gold_of or find_partner(gold_of[i], tried):
+                    gold_of[i] = gold
+                    return True
+        return False
+
+    return all(find_partner(gold, set()) for gold in range(len(theirs)))
 
 
 def elements(text: str) -> list[str]:

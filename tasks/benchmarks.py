@@ -169,12 +169,12 @@ def problems(benchmark: Benchmark, split: str, data: str | None = None) -> list[
         found.setdefault(prompt, answer)
     # Say what came out.
     if not found:
-        reasons = _quoted_counts(left_out)
+        reasons = _list_reasons(left_out)
         raise ValueError(
             f"{where} holds no {split} problem with an answer to verify" + (f" ({reasons})" if reasons else "")
         )
     if left_out.total():
-        log.warning("%s: %d of %d rows left out: %s", where, left_out.total(), len(rows), _quoted_counts(left_out))
+        log.warning("%s: %d of %d rows left out: %s", where, left_out.total(), len(rows), _list_reasons(left_out))
     if benchmark.verifier == "maths":
         golds = list(dict.fromkeys(found.values()))
         step = -(-len(golds) // CHECKED)  # every so many, if there are more
@@ -187,12 +187,29 @@ def problems(benchmark: Benchmark, split: str, data: str | None = None) -> list[
     return list(found.items())
 
 
-def _quoted_counts(left_out: Counter) -> str:
+def _list_reasons(left_out: Counter) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
 
 
 # The mark of an option: "B." "B:" "(B)" "[B]" "b)" "**B.**" "- B."
 MARK = r"(?:[-*•][ \t]+)?\**[(\[]?([{letters}])[.:)\]、]+\**[ \t]*"
+
+
+def _runs_of_marks(pattern: str, question: str) -> list[list[tuple[str, re.Match]]]:
+    """The marks in a question, as runs of letters that follow one another. A run starts at an A, and at the first mark.
+
+    Marks that do not follow the one before are left out.
+    """
+    runs, last = [], ""
+    for mark in re.finditer(pattern, question, re.MULTILINE):
+        mark_letter = mark[1].upper()
+        if mark_letter == "A" or not runs:
+            runs.append([])
+        elif mark_letter != chr(ord(last) + 1):
+            continue
+        runs[-1].append((mark_letter, mark))
+        last = mark_letter
+    return runs
 
 
 def options(question: str) -> dict[str, str]:
@@ -206,16 +223,7 @@ def options(question: str) -> dict[str, str]:
     best = {}
     for letters in ("A-Z", "a-z"):
         for before in (r"^[ \t]*", r"(?:^|(?<=\s))"):
-            runs, last = [], ""
-            for mark in re.finditer(before + MARK.format(letters=letters), question, re.MULTILINE):
-                mark_letter = mark[1].upper()
-                if mark_letter == "A" or not runs:
-                    runs.append([])
-                elif mark_letter != chr(ord(last) + 1):
-                    continue
-                runs[-1].append((mark_letter, mark))
-                last = mark_letter
-            for run in runs:
+            for run in _runs_of_marks(before + MARK.format(letters=letters), question):
                 if len(run) > max(1, len(best)) and run[0][0] == "A":
                     ends = [mark.start() for _, mark in run[1:]] + [len(question)]
                     texts = [question[mark.end() : end].split("\n")[0] for (_, mark), end in zip(run, ends)]
@@ -235,7 +243,7 @@ def letter(question: str, answer: str) -> str | None:
     ('B', None)
     """
     known = options(question)
-    answer = re.sub(r"\\(?:boxed|text[a-z]*)(?![a-z])|[{}$*]", "", answer).strip()
+    answer = _bare(answer)
     if only := re.fullmatch(r"[(\[]?([A-Za-z])[.:)\]]*", answer):
         return only[1].upper() if only[1].upper() in known else None
     named = {mark for mark, text in known.items() if text and text.lower() == answer.lower()}
@@ -243,6 +251,11 @@ def letter(question: str, answer: str) -> str | None:
         text = known.get(both[1].upper(), "")
         named = {both[1].upper()} if text.lower() == both[2].strip().lower() else set()
     return named.pop() if len(named) == 1 else None
+
+
+def _bare(answer: str) -> str:
+    """The answer without boxes, text commands and emphasis."""
+    return re.sub(r"\\(?:boxed|text[a-z]*)(?![a-z])|[{}$*]", "", answer).strip()
 
 
 def why_no_letter(question: str, answer: str) -> str:
@@ -254,7 +267,7 @@ def why_no_letter(question: str, answer: str) -> str:
     known = options(question)
     if not known:
         return "whose question has no options"
-    same = [text for text in known.values() if text.lower() == answer.strip().lower()]
+    same = [text for text in known.values() if text.lower() == _bare(answer).lower()]
     return "whose answer is the text of two options" if len(same) > 1 else "whose answer is none of the options"
 
 

@@ -58,7 +58,7 @@ def verdicts(pairs: list[tuple[str, str]]) -> list[bool | None]:
 def unreadable(golds: list[str]) -> list[str]:
     """Those of these answers (read_gold's) that math-verify cannot read, or would read without some letter."""
     with ThreadPoolExecutor(WORKERS) as threads:
-        return [gold for gold, is_right in zip(golds, threads.map(_is_readable, golds)) if not is_right]
+        return [gold for gold, can_read in zip(golds, threads.map(_is_readable, golds)) if not can_read]
 
 
 def _is_readable(gold: str) -> bool:

@@ -150,7 +150,7 @@ def test_a_run_that_does_not_start_leaves_no_folder(tmp_path, monkeypatch, capsy
             at_call(patch, "start_actor", 1, lambda number=number: interrupt(1, number))
             run(*QUICK, "--out", tmp_path / "new")
         assert e.value.code == 130 and signal.getsignal(number) == before
-        assert "stopped before the first step, as asked: nothing was trained" in capsys.readouterr().out
+        assert "stopped before the first step, as asked: nothing has changed" in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir()] == ["empty"] and not [*(tmp_path / "empty").iterdir()]
 
 
