@@ -13,6 +13,8 @@ import random
 import sys
 import traceback
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -130,16 +132,41 @@ def judge(name: str, problems: list[Problem], texts: list[list[str]], processes:
         if processes == 1:
             judged = [_judge_one(name, *pair) for pair in pairs]
         else:
-            jobs = [_pool(processes).submit(_judge_one, name, *pair) for pair in pairs]
-            judged = [_result_of(job) for job in jobs]
+            judged = _judge_in_processes(name, pairs, processes)
     rewards, errors = iter([reward for reward, _ in judged]), [error for _, error in judged if error]
     return Judged([[next(rewards) for _ in responses] for responses in texts], errors, verdicts.count(None))
 
 
-def _result_of(job: Future) -> tuple[float, str | None]:
+def _judge_in_processes(name: str, pairs: list[tuple[Problem, str]], processes: int) -> list[tuple[float, str | None]]:
+    """_judge_one of each pair, by several processes.
+
+    A process that dies of a response takes the jobs of all others with it. So pairs without a result are judged once
+    more, one after the other. A response that its process dies of again counts as 0.
+    """
+    jobs: list[Future] = []
+    with suppress(BrokenProcessPool):  # a process may die before the last job is handed over
+        for pair in pairs:
+            jobs.append(_pool(processes).submit(_judge_one, name, *pair))
+    judged = [_result_of(job) for job in jobs]
+    judged += [None] * (len(pairs) - len(jobs))
+    if None in judged:
+        _pool.cache_clear()  # a pool that has lost a process takes no more jobs
+    for i, pair in enumerate(pairs):
+        if judged[i] is None:
+            judged[i] = _result_of(_pool(1).submit(_judge_one, name, *pair))
+        if judged[i] is None:
+            _pool.cache_clear()
+            judged[i] = 0.0, f"a judging process died of the response {pair[1][:60]!r}"
+    return judged
+
+
+def _result_of(job: Future) -> tuple[float, str | None] | None:
+    """What _judge_one returned in a process; None if the process died."""
     try:
         return job.result()
-    except Exception as e:  # a process died of a response, or a problem cannot be sent to one
+    except BrokenProcessPool:
+        return None
+    except Exception as e:  # a problem, or what the reward returned, cannot be sent between processes
         return 0.0, f"a judging process failed: {_where(e, Path())}"
 
 

@@ -108,11 +108,14 @@ def test_several_processes_judge_as_one_does():
     assert tasks.judge("countdown", problems, texts, processes=2) == ([[1.0, 0.0], [1.0, 0.0]], [], 0)
 
 
-def test_a_judging_process_that_dies_counts_as_0(tmp_path):
-    text = "import os\ndef load(s, d=None): return []\ndef reward(p, text): os._exit(1)"
-    rewards, errors, _ = tasks.judge(write(tmp_path / "my.py", text), [tasks.Problem("1")], [["a", "b"]], processes=2)
+def test_a_response_that_kills_its_judging_process_counts_as_0_and_the_others_as_they_are(tmp_path):
+    text = "import os\ndef load(s, d=None): return []\ndef reward(p, text): return os._exit(1) if text == 'a' else 1.0"
+    file = write(tmp_path / "my.py", text)
+    for responses in (["a", "b", "b"], ["b", "b", "a"]):
+        rewards, errors, _ = tasks.judge(file, [tasks.Problem("1")], [responses], processes=2)
+        assert rewards == [[float(response == "b") for response in responses]]
+        assert errors == ["a judging process died of the response 'a'"]
     tasks._pool.cache_clear()
-    assert rewards == [[0.0, 0.0]] and "a judging process failed: BrokenProcessPool" in errors[0]
 
 
 SHORT = dict(engine="torch", prompts=2, group=4, minibatches=2, max_tokens=24, eval_problems=4)
