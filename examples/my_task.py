@@ -17,6 +17,8 @@ import uuid
 
 from tasks import Problem
 
+SECONDS = 10  # for the code and its tests
+
 
 def load(split: str, data: str | None = None) -> list[Problem]:
     """The problems of a split, "train" or "test". train.py holds some of --data out, unless --eval_data is given."""
@@ -35,13 +37,13 @@ def reward(problem: Problem, text: str) -> float:
 
 
 def passes_tests(code: str, tests: str) -> float:
-    """1.0 if the code runs, then the tests, in ten seconds. It may do anything: use a container when it matters."""
+    """1.0 if the code runs, then the tests, within SECONDS. It may do anything: use a container when it matters."""
     passed = uuid.uuid4().hex  # what is printed last, so that exit(0) in the code does not count
     program = f"{code}\n{tests}\nprint('{passed}')"
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(
-                [sys.executable, "-I", "-c", program], cwd=folder, timeout=10, capture_output=True, text=True
+                [sys.executable, "-I", "-c", program], cwd=folder, timeout=SECONDS, capture_output=True, text=True
             )
         except (subprocess.TimeoutExpired, ValueError, OSError):  # too slow; or it holds a null byte, or is too long
             return 0.0

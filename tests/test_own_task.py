@@ -43,11 +43,12 @@ def write_rows(path, count=40):
     return write(path, "".join(json.dumps({"numbers": n}) + "\n" for n in numbers))
 
 
-def test_the_example_loads_and_judges(tmp_path):
+def test_the_example_loads_and_judges(tmp_path, monkeypatch):
     rows = [{"question": "What is 6 * 7?", "answer": "42"}, {"question": "Write f.", "tests": "assert f(3) == 9"}]
     data = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
     one, two = tasks.load(EXAMPLE, "train", data=data)
     reward = tasks.get(EXAMPLE).reward
+    monkeypatch.setattr(tasks.get(EXAMPLE), "SECONDS", 2)
     assert [reward(one, text) for text in ("it is 42", "42 or 43", "")] == [1.0, 0.0, 0.0]
     code = {
         "def f(x): return x * x": 1.0,

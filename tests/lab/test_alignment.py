@@ -112,7 +112,9 @@ def test_the_command_shows_scaled_to_be_uniform(tmp_path, capsys, monkeypatch):
     """With gradients in bfloat16, as a large model's; and an arm without the first token's column."""
     monkeypatch.setattr(alignment, "LARGE", 0)
     out, names = tmp_path / "directions.json", ["scaled", "random", "coupled, no first token"]
-    alignment.main(alignment.Args(arms=names, problems=24, parts=4, minibatch=4, engine="torch", out=str(out)))
+    alignment.main(
+        alignment.Args(arms=names, problems=24, parts=4, minibatch=4, max_tokens=64, engine="torch", out=str(out))
+    )
     record = json.loads(out.read_text())
     assert list(record["arms"]) == ["uniform", *names] and "3 minibatches of 32" in capsys.readouterr().out
     base = record["arms"]["uniform"]
