@@ -83,10 +83,11 @@ class Args:
     resume: str | None = HfArg(default=None, help="Folder that a stopped analysis goes on in; given alone.")
 
 
-def by_layers_and_split(looks: dict[str, linkage.PerHead]) -> dict[str, dict]:
-    """Table 2 for the bottom and top layers, and for other head splits of the middle ones."""
+def other_ways(looks: dict[str, linkage.PerHead]) -> dict[str, dict]:
+    """Table 2 for the bottom and top layers, for other head splits of the middle ones, and with FAI by norm."""
     ways = {f"{where} layers": (where, 0.3) for where in ("bottom", "middle", "top")}
     ways |= {f"split {q:.0%}": ("middle", q) for q in (0.2, 0.4, 0.5)}
+    ways |= {"FAI × ‖W_O v‖": ("by norm", 0.3)}
     return {name: linkage.table(linkage.responses_of(looks[where], q)[0]) for name, (where, q) in ways.items()}
 
 
@@ -181,10 +182,13 @@ def main(args: Args) -> None:
     count = model.config.get_text_config().num_hidden_layers
     layers = {where: layer_range(count, where) for where in ("middle", "bottom", "top")}
 
-    def look(whose, where: str, drop_first: bool = args.drop_first) -> linkage.PerHead:
-        return linkage.per_head(whose, input_ids, mask, layers[where], args.micro_tokens, drop_first=drop_first)
+    def look(whose, where: str, drop_first: bool = args.drop_first, by_norm: bool = False) -> linkage.PerHead:
+        return linkage.per_head(
+            whose, input_ids, mask, layers[where], args.micro_tokens, drop_first=drop_first, by_norm=by_norm
+        )
 
     looks = {where: look(model, where) for where in tqdm(layers, "maps")}
+    looks["by norm"] = look(model, "middle", by_norm=True)
     other_spans = look(model, "middle", not args.drop_first).spans
     responses, overlap = linkage.responses_of(looks["middle"])
     torch.manual_seed(args.seed)
@@ -200,10 +204,12 @@ def main(args: Args) -> None:
         "args": asdict(args),
         "success": rewards.mean().item(),
         "receiver heads in H_glob": overlap,
-        "first token": sinks.table(looks["middle"].spans, other_spans, looks["middle"].first),
+        "first token": sinks.table(
+            looks["middle"].spans, other_spans, looks["middle"].first, looks["by norm"].first
+        ),
         "table 2": linkage.table(responses),
         "floor": linkage.table(floor),
-        "by layers and split": by_layers_and_split(looks),
+        "other ways": other_ways(looks),
     }  # fmt: skip
     if args.positions:
         found["table 1"] = perturb.table(

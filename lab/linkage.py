@@ -17,6 +17,7 @@ brings about, makes no peaks. FAI reaches to the end of the response here, as in
 tokens have none.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -58,11 +59,13 @@ class PerHead(NamedTuple):
 
 def per_head(
     model, input_ids: Tensor, mask: Tensor, layers: list[int], tokens: int = 2048,
-    horizon: tuple[int, int | None] = (H_LO, None), drop_first: bool = False, dtype: str = "auto",
+    horizon: tuple[int, int | None] = (H_LO, None), drop_first: bool = False, by_norm: bool = False,
+    dtype: str = "auto",
 ) -> PerHead:  # fmt: skip
     """WAAD, FAI (by default to the end of the response) and span of every head of the layers, in passes of `tokens`.
 
-    drop_first: without the first token's column, rows renormalised (lab/sinks.py).
+    drop_first: without the first token's column, rows renormalised. by_norm: FAI, and the share of the first token,
+    with each column weighted by the norm of what it gives, ||W_O v|| (lab/sinks.py).
     """
     every_head = torch.ones(model.config.get_text_config().num_attention_heads, dtype=torch.bool, device=mask.device)
     waad, fai = torch.zeros(2, len(layers) * len(every_head), *mask.shape)
@@ -70,19 +73,26 @@ def per_head(
     passes = precision.autocast(precision.choose_dtype(dtype, model.config), mask.device)
     for index, n in micro_batches(mask, torch.arange(len(mask), device=mask.device), tokens):
         part = mask[index, :n]
-        with torch.no_grad(), recording(model, layers) as recorded, passes:
+        weighing = sinks.recording_norms(model, layers) if by_norm else nullcontext()
+        with torch.no_grad(), recording(model, layers) as recorded, weighing as norms, passes:
             uncertainty = token_logprobs(model, input_ids[index, :n], part, entropy=True)[1]
         index = index.cpu()
         entropy[index, :n] = uncertainty.cpu()
         share = part.sum() / mask.sum()
-        left = [(sinks.on_first(recorded[layer]) * part[:, None]).sum((0, 2)) / mask.sum() for layer in layers]
-        first += torch.cat(left).cpu()
+        on_first = [
+            sinks.taken_from_first(recorded[layer], norms[layer]) if by_norm else sinks.on_first(recorded[layer])
+            for layer in layers
+        ]
+        first += torch.cat([(share * part[:, None]).sum((0, 2)) / mask.sum() for share in on_first]).cpu()
         looks, cut = [recorded[layer] for layer in layers], int(drop_first)
         if drop_first:
             looks, part = [sinks.without_first(layer) for layer in looks], part[:, 1:]
         heads = [(layer, every_head) for layer in looks]
         waad[:, index, cut:n] = streamed_waad(heads, part).transpose(0, 1).cpu()
-        fai[:, index, cut:n] = streamed_fai(heads, part, horizon).transpose(0, 1).cpu()
+        received = streamed_fai(heads, part, horizon)  # [B,heads,N]
+        if by_norm:
+            received = received * torch.cat([norms[layer][..., cut:] for layer in layers], 1)
+        fai[:, index, cut:n] = received.transpose(0, 1).cpu()
         spans += torch.cat([share * streamed_spans(layer, part) for layer in looks]).cpu()
     return PerHead(waad, fai, spans, entropy, mask.cpu(), first)
 

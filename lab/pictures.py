@@ -46,7 +46,7 @@ def tables(found: dict) -> dict[str, list[list[str]]]:
                 f"{paper[0]} → {paper[1]}, {100 * (paper[1] / paper[0] - 1):+.0f} %" if paper else "",
             ]
         )  # fmt: skip
-    by = found["by layers and split"]
+    by = found["other ways"]
     ways = [["lift", *by], *([n, *(interval(t[n]["lift"], True) for t in by.values())] for n in linkage.LINKS)]
 
     table_1 = found.get("table 1", {})
@@ -58,16 +58,16 @@ def tables(found: dict) -> dict[str, list[list[str]]]:
 
     parked = found["first token"]
     other = "span with that token" if found["args"]["drop_first"] else "span without that token"
-    sink = [["mean over", "span", other, "left on the first token", "overlap of the groups"]]
+    sink = [["mean over", "span", other, "left on the first token", "by norm", "overlap of the groups"]]
     for name in ("local heads", "global heads", "all heads"):
         overlap = parked.get(f"{name}, overlap")
-        span, other_span, share = parked[name]
+        span, other_span, share, taken = parked[name]
         text = "" if overlap is None else f"{overlap:.2f}"
-        sink.append([name, f"{span:.1f}", f"{other_span:.1f}", f"{100 * share:.0f} %", text])
+        sink.append([name, f"{span:.1f}", f"{other_span:.1f}", f"{100 * share:.0f} %", f"{100 * taken:.0f} %", text])
 
     return {
         "Linkage: do the peaks fall together?": links,
-        "The same lifts by layers and by head split": ways,
+        "The same lifts by layers, by head split, and with FAI weighted by norm": ways,
         **({"Perturbation: what is kept after another token is forced": kept} if table_1 else {}),
         f"The first token: span and share correlate by {parked['correlation']:.2f} over heads": sink,
     }

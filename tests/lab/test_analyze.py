@@ -47,9 +47,10 @@ def test_the_whole_analysis_with_vllm(tmp_path, capsys):
     assert (out / "maps.png").read_bytes()[:4] == b"\x89PNG"
 
     found = json.loads((out / "analysis.json").read_text())
-    assert set(found["by layers and split"]) == {"bottom layers", "middle layers", "top layers", "split 20%",
-                                                 "split 40%", "split 50%"}  # fmt: skip
-    for table in (found["table 2"], found["floor"], *found["by layers and split"].values()):
+    assert list(found["other ways"]) == [
+        "bottom layers", "middle layers", "top layers", "split 20%", "split 40%", "split 50%", "FAI × ‖W_O v‖",
+    ]  # fmt: skip
+    for table in (found["table 2"], found["floor"], *found["other ways"].values()):
         for link in (table[name] for name in linkage.LINKS):
             assert (
                 0 < link["p"] <= 1
@@ -61,7 +62,7 @@ def test_the_whole_analysis_with_vllm(tmp_path, capsys):
     high, control = (found["table 1"][name]["kept at high"] for name in ("as the paper", "matched"))
     assert high == control, "the same high places in both columns"
     assert abs(found["table 1"]["matched"]["entropy at high"] - found["table 1"]["matched"]["entropy at low"]) < 0.1
-    assert found["by layers and split"]["middle layers"] == found["table 2"]
+    assert found["other ways"]["middle layers"] == found["table 2"]
 
     page = Page((out / "index.html").read_text())
     assert not [a for _, a in page.tags for name in ("src", "href") if not a.get(name, "data:").startswith("data:")]

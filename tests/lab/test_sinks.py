@@ -59,6 +59,36 @@ def test_signals_without_it_are_those_of_such_maps():
     torch.testing.assert_close(looks.spans, heads.head_spans(without, mask), rtol=1e-3, atol=1e-3)
     first = (maps[..., 0] * mask[:, None]).sum((0, 2)) / mask.sum()
     torch.testing.assert_close(looks.first, first, rtol=1e-3, atol=1e-5)
-    found = sinks.table(linkage.per_head(model, input_ids, mask, layers).spans, looks.spans, looks.first)
+    found = sinks.table(linkage.per_head(model, input_ids, mask, layers).spans, looks.spans, looks.first, looks.first)
     assert found["all heads"][2] == pytest.approx(first.mean().item(), rel=1e-3)
     assert 0 <= found["local heads, overlap"] <= 1 and -1 <= found["correlation"] <= 1
+
+
+@pytest.mark.parametrize("drop_first", [False, True])
+def test_by_norm_each_column_is_weighted_by_what_it_gives(drop_first):
+    model, _ = load_model("assets/tiny")
+    input_ids, mask, _ = batch(rows=4, n=60)
+    layers, values = [4, 6], {}
+    how = {"horizon": (5, 20), "drop_first": drop_first}
+    plain = linkage.per_head(model, input_ids, mask, layers, **how)
+    found = linkage.per_head(model, input_ids, mask, layers, by_norm=True, **how)
+    attentions = {i: model.get_decoder().layers[i].self_attn for i in layers}
+    for i, module in attentions.items():
+        module.v_proj.register_forward_hook(lambda _, __, out, i=i: values.setdefault(i, out))
+    with torch.no_grad(), attention.recording(model, layers) as recorded:
+        model(input_ids)
+        maps = torch.cat([attention.attention_maps(recorded[i]) for i in layers], 1)  # [B,8,N,N]
+        norms = []
+        for i, module in attentions.items():
+            per_head = values[i].unflatten(-1, (-1, module.head_dim)).repeat_interleave(module.num_key_value_groups, 2)
+            for h in range(per_head.shape[2]):  # the layer's output, if only head h gives something
+                alone = torch.zeros_like(per_head)
+                alone[:, :, h] = per_head[:, :, h]
+                norms.append(module.o_proj(alone.flatten(2)).norm(dim=-1))
+    norms = torch.stack(norms)  # [8,B,N]
+    torch.testing.assert_close(found.fai, plain.fai * norms, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found.waad, plain.waad)
+    taken = maps.transpose(0, 1) * norms[:, :, None]  # [8,B,N,N]: what column s gives to row t
+    share = ((taken[..., 0] / taken.sum(-1)) * mask).sum((1, 2)) / mask.sum()
+    torch.testing.assert_close(found.first, share, rtol=1e-3, atol=1e-5)
+    assert (found.first - plain.first).abs().max() > 1e-3

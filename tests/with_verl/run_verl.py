@@ -63,8 +63,11 @@ SETTINGS = [
 VALIDATION = "val-core/countdown-tiny/acc/mean@4"
 
 
-def run(folder: Path, *overrides: str, train: int = 640, test: int = 64) -> list[dict]:
-    """One run of verl's command. Returns what it logged, a dict a step. Raises with its output's end if it failed."""
+def run(folder: Path, *overrides: str, train: int = 640, test: int = 64, time_limit: float | None = None) -> list[dict]:
+    """One run of verl's command. Returns what it logged, a dict a step. Raises with its output's end if it failed.
+
+    time_limit: in seconds, because on an overloaded machine Ray may wait for its own processes for ever.
+    """
     from examples import verl_task
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,13 +87,14 @@ def run(folder: Path, *overrides: str, train: int = 640, test: int = 64) -> list
     files = [
         f"data.{split}_files={folder.resolve()}/{name}.parquet" for split, name in (("train", "train"), ("val", "test"))
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "verl.trainer.main_ppo", *SETTINGS, *files, *overrides],
-        cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    (folder / "output.txt").write_text(done.stdout)
+    output = folder / "output.txt"
+    with output.open("w") as printed:
+        done = subprocess.run(
+            [sys.executable, "-m", "verl.trainer.main_ppo", *SETTINGS, *files, *overrides],
+            cwd=folder, env=environment, stdout=printed, stderr=subprocess.STDOUT, timeout=time_limit,
+        )  # fmt: skip
     if done.returncode != 0:
-        raise RuntimeError(f"verl ended with {done.returncode}:\n{done.stdout[-6000:]}")
+        raise RuntimeError(f"verl ended with {done.returncode}:\n{output.read_text()[-6000:]}")
     return [json.loads(line)["data"] for line in log.read_text().splitlines()]
 
 

@@ -9,7 +9,7 @@ def test_two_whole_steps(trainer, use_v1, tmp_path):
     steps = run(
         tmp_path, f"trainer.use_v1={use_v1}", "+algorithm.rhythm.credit=coupled", "data.train_batch_size=8",
         "actor_rollout_ref.actor.ppo_mini_batch_size=4", "trainer.total_training_steps=2",
-        "trainer.val_before_train=False", "trainer.test_freq=-1", train=64, test=8,
+        "trainer.val_before_train=False", "trainer.test_freq=-1", train=64, test=8, time_limit=600,
     )  # fmt: skip
     assert [step["training/global_step"] for step in steps] == [1, 2]
     for step in steps:
