@@ -181,7 +181,8 @@ def table(results: list[dict]) -> str:
 def line(result: dict) -> str:
     """All scores of one result, in one line."""
     scores = ", ".join(f"{name} {percent(score)}" for name, score in result["scores"].items())
-    notes = [f"truncated: {100 * result['truncated']['sampled']:.1f} %"]
+    greedy, sampled = (100 * result["truncated"][kind] for kind in ("greedy", "sampled"))
+    notes = [f"truncated: {greedy:.1f} % of the greedy responses, {sampled:.1f} % of the sampled ones"]
     if count := result.get("no_verdict"):
         notes.append(f"without a verdict, so 0: {count}")
     if count := result.get("boxed_in_thinking_only"):
@@ -200,18 +201,27 @@ def last_checkpoint(model: str) -> str:
     return str(found[-1])
 
 
-def find_other_prompts(model: str, args: Args) -> str | None:
-    """What to say if train.py trained this checkpoint with other prompts or stops than it is evaluated with."""
-    trained = read_args(model)
-    pairs = {name: (trained[name], getattr(args, name)) for name in ("chat", "system", "thinking") if name in trained}
+def compare_with_training(model: str, args: Args) -> list[str]:
+    """What to say if train.py trained this checkpoint with other prompts or lengths, or on these same problems."""
+    trained, warnings = read_args(model), []
+    if args.data and trained.get("data") and Path(args.data).resolve() == Path(trained["data"]).resolve():
+        warnings.append(
+            f"warning: {model} was trained on {args.data}, all but the problems that train.py held out, so its scores "
+            "say little about new problems"
+        )
+    names = ("chat", "system", "thinking", "max_tokens")
+    pairs = {name: (trained[name], getattr(args, name)) for name in names if name in trained}
     if trained.get("task") in args.task:  # each task has its own stops
         pairs["stop"] = trained["stop"], tasks.stops(trained["task"], args.stop, args.chat)
     others = [
         f"--{name} {then} then, {now} now" for name, (then, now) in pairs.items() if (then or None) != (now or None)
     ]
-    if not others:
-        return None
-    return f"warning: {model} was trained with other settings, so its scores may be too low: {'; '.join(others)}"
+    if others:
+        warnings.append(
+            f"warning: {model} was trained with other settings, so these scores are not those of its run: "
+            f"{'; '.join(others)}"
+        )
+    return warnings
 
 
 def plan(args: Args) -> list[tuple[dict, list[tasks.Problem]]]:
@@ -273,8 +283,8 @@ def main(args: Args) -> None:
         args, note = fill_defaults(args, DEFAULTS, *args.model)
         print(note)
         steps = plan(args)
-        for warning in filter(None, (find_other_prompts(model, args) for model in args.model)):
-            print(warning)
+        for model in args.model:
+            print("".join(f"{warning}\n" for warning in compare_with_training(model, args)), end="")
         out = Path(args.out) if args.out else None
         results = read(out) if out else []
         if out:

@@ -198,7 +198,9 @@ def check_resumed(args, checkpoint: Path, state: dict, problems: dict[str, list]
 
 def print_plan(args) -> None:
     """--dry_run: print what would be done, from the model's configuration, tokenizer and data only."""
-    train_set, test_set = load_problems(args, load_tokenizer(args.model, args.max_model_len))
+    tokenizer = load_tokenizer(args.model, args.max_model_len)
+    train_set, test_set = load_problems(args, tokenizer)
+    (first,) = tokenize(tokenizer, [train_set[0].prompt], chat(args))
     shape, world = load_config(args.model), ranks.world_size()
     longest_pass = max(args.micro_tokens, args.max_model_len)  # a row is never split
     weights, gib = memory.describe(
@@ -208,7 +210,7 @@ def print_plan(args) -> None:
     ranks.print_once(
         f"{args.model}: {weights}, {world} process(es)\n"
         f"{args.task}: {len(train_set)} training problems; {len(test_set)} of {args.eval_task or args.task} held out\n"
-        f"the first: {train_set[0].prompt!r}\n"
+        f"the first, as the model reads it: {tokenizer.decode(first)!r}\n"
         f"{args.steps} steps of {args.prompts} problems x {args.group} responses of up to {args.max_tokens} tokens, "
         f"{args.minibatches} minibatches each, learning rate {args.lr:g}, {args.dtype}\n"
         f"{describe_layers(shape)}\n"

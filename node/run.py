@@ -154,7 +154,8 @@ class Run:
                 f"{record['problems']}, not {self.args.prompts}"
             )
         warning = describe_equal_groups([r for r in self.log.records if "reward" in r])
-        if warning and self.step - self.said_equal_at >= SAY_AGAIN:
+        is_news = self.step - self.said_equal_at >= SAY_AGAIN
+        if warning and ((is_news and self.step >= EQUAL_STEPS) or self.step == self.args.steps):
             self.said_equal_at = self.step
             self.say(f"step {self.step}: {warning} To read the responses: python -m node.look {self.folder}")
         # What ends the run: a fault, or somebody who has asked for it. It is saved first.
@@ -483,7 +484,7 @@ def flatten_numbers(record: dict) -> dict[str, float]:
 def describe_equal_groups(steps: list[dict]) -> str | None:
     """What to say when the last EQUAL_STEPS steps had no group of unequal reward; else None. steps: their records."""
     last = steps[-EQUAL_STEPS:]
-    if len(last) < EQUAL_STEPS or any(r["equal_groups"] < r["problems"] for r in last):
+    if not last or any(r["equal_groups"] < r["problems"] for r in last):
         return None
     if any("zero_reward" not in r for r in last):  # they are from an older version, before a resume
         return None
@@ -500,7 +501,7 @@ def describe_equal_groups(steps: list[dict]) -> str | None:
             "hard: choose an easier --task, a stronger --model or a larger --group."
         )
     return (
-        f"nothing was learned in the last {EQUAL_STEPS} steps, because the rewards inside each group were equal. Of "
+        f"nothing was learned in the last {len(last)} steps, because the rewards inside each group were equal. Of "
         f"their responses, {share['empty']:.0%} were empty, {share['truncated']:.0%} were cut off at --max_tokens, and "
         f"{share['zero_reward']:.0%} had reward 0 (no answer, or a wrong one). {advice}"
     )

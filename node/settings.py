@@ -250,6 +250,8 @@ def explain_start(e: Exception, name: str, max_model_len: int, kv_cache_gib: flo
     if needed or "memory for the cache blocks" in text:
         advice = f": give {float(needed[1]) + 0.01:.2f} or more" if needed else ""  # vLLM has rounded it
         return f"--kv_cache_gib {kv_cache_gib:g} is too small for a sequence of --max_model_len {max_model_len}{advice}"
+    if "--kv-cache-memory-bytes" in text or "VLLM_CPU_KVCACHE_SPACE" in text:
+        return f"--kv_cache_gib {kv_cache_gib:g} is too large for this machine's memory: lower it (vLLM says: {text})"
     return f"vLLM does not start with {name!r}: {type(e).__name__}: {text}"
 
 

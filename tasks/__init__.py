@@ -7,7 +7,6 @@ nothing else of ours.
 """
 
 import importlib.util
-import math
 import multiprocessing
 import random
 import sys
@@ -117,7 +116,7 @@ class Judged(NamedTuple):
 def judge(name: str, problems: list[Problem], texts: list[list[str]], processes: int = 1) -> Judged:
     """The rewards of several responses to each problem.
 
-    A reward that raises, or returns no finite number, counts as 0. processes: how many judge at the same time, each
+    A reward that raises, or is not from 0 to 1, counts as 0. processes: how many judge at the same time, each
     with the task loaded anew. The datasets have judging processes of their own, one for each core, and need none.
 
     >>> judge("countdown", [Problem("", ((3, 7, 5), 38))], [["<answer>5*7+3</answer>", "38"]])
@@ -177,8 +176,11 @@ def _judge_one(name: str, problem: Problem, text: str) -> tuple[float, str | Non
     except Exception as e:  # whatever the user's file raises: it is counted, and the first one is printed
         where = _where(e, Path(name).resolve())
         return 0.0, f"reward raised {where}, for the response {text[:60]!r} to the prompt {problem.prompt[-60:]!r}"
-    if not math.isfinite(reward):
-        return 0.0, f"reward returned {reward} for the response {text[:60]!r} to the prompt {problem.prompt[-60:]!r}"
+    if not 0 <= reward <= 1:  # NaN is not, either
+        return 0.0, (
+            f"reward returned {reward}, which is not from 0 to 1, for the response {text[:60]!r} to the prompt "
+            f"{problem.prompt[-60:]!r}"
+        )
     return reward, None
 
 
@@ -192,4 +194,4 @@ def _where(e: Exception, path: Path) -> str:
     """An exception in one line: its type, its text, and the last line of the user's file that it passed."""
     lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
     text = (str(e).strip() or "no text").splitlines()[0]
-    return f"{type(e).__name__}: {text}" + (f" (line {lines[-1]})" if lines else "")
+    return f"{type(e).__name__}: {text}" + (f" ({path.name}, line {lines[-1]})" if lines else "")

@@ -282,16 +282,30 @@ def test_how_a_run_is_evaluated_does_not_change_what_it_samples(tmp_path, four_s
 def test_a_checkpoint_remembers_its_chat_settings(four_steps, tmp_path):
     copied = shutil.copytree(four_steps / "checkpoint-4", tmp_path / "alone")
     args = evaluation.Args(task=["countdown-tiny"])
-    assert evaluation.find_other_prompts(str(copied), args) is None
+    args.max_tokens = checkpoint.read_args(copied)["max_tokens"]
+    assert evaluation.compare_with_training(str(copied), args) == []
     args.chat, args.thinking = True, "off"
-    warning = evaluation.find_other_prompts(str(copied), args)
+    (warning,) = evaluation.compare_with_training(str(copied), args)
     assert "--chat False then, True now; --thinking None then, off now" in warning and "\n" not in warning
-    assert evaluation.find_other_prompts("assets/tiny", args) is None, "not trained here"
+    assert evaluation.compare_with_training("assets/tiny", args) == [], "not trained here"
     kept = checkpoint.read_args(copied) | {"chat": True, "thinking": "off", "stop": ["\n\n"]}
     (copied / "train_args.json").write_text(json.dumps(kept))
-    assert "--stop ['\\n\\n'] then, [] now" in evaluation.find_other_prompts(str(copied), args)
+    assert "--stop ['\\n\\n'] then, [] now" in evaluation.compare_with_training(str(copied), args)[0]
     args.stop = ["\n\n"]
-    assert evaluation.find_other_prompts(str(copied), args) is None
+    assert evaluation.compare_with_training(str(copied), args) == []
+    args.max_tokens += 1
+    assert "--max_tokens" in evaluation.compare_with_training(str(copied), args)[0]
+
+
+def test_evaluating_on_the_training_file_is_said(four_steps, tmp_path):
+    copied = shutil.copytree(four_steps / "checkpoint-4", tmp_path / "alone")
+    trained = checkpoint.read_args(copied) | {"data": str(tmp_path / "mine.jsonl")}
+    (copied / "train_args.json").write_text(json.dumps(trained))
+    args = evaluation.Args(task=["gsm8k"], data=f"{tmp_path}/./mine.jsonl", max_tokens=trained["max_tokens"])
+    (warning,) = evaluation.compare_with_training(str(copied), args)
+    assert "was trained on" in warning and "mine.jsonl" in warning and "\n" not in warning
+    args.data = str(tmp_path / "other.jsonl")
+    assert evaluation.compare_with_training(str(copied), args) == []
 
 
 # ---- errors ----
