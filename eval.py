@@ -24,7 +24,7 @@ from node.checkpoint import list_checkpoints, read_args
 from node.output import markdown, mean_interval, write_whole
 from node.settings import TINY, fill_defaults, load_tokenizer, parse_args
 from rollout import Rollout, chat, encode, start_actor
-from tasks.answers import boxed_in_thinking_only
+from tasks.boxes import boxed_in_thinking_only
 
 DEFAULTS = {  # of arguments that are not given: for the tiny model and what was trained from it; for any other model
     "task": (["countdown-tiny"], ["countdown4"]),

@@ -1,9 +1,18 @@
 """Problems and rewards: the built-in tasks, tasks in files of yours, and the judging of responses.
 
-countdown.py makes its problems and judges them. benchmarks.py fetches public datasets of mathematics and question
-answering, which verify.py judges, with the rules of answers.py and math-verify in processes of its own (worker.py).
-audit.py prints which of a dataset's answers the judge cannot read. problem.py says what a task is. This folder imports
-nothing else of ours.
+| file | what |
+|---|---|
+| problem.py | what a problem and a task are |
+| countdown.py | makes its problems, and judges them |
+| benchmarks.py | fetches public datasets of mathematics and question answering, which verify.py judges |
+| boxes.py | where the answer stands in a response |
+| spelling.py | how it is written: one spelling for what means the same |
+| lists.py | the elements of lists, tuples and intervals |
+| answers.py | whether it is right: rules, and questions to math-verify |
+| verify.py, worker.py | run math-verify in processes of its own |
+| audit.py | prints which answers of a dataset the judge cannot read |
+
+This folder imports nothing else of ours.
 """
 
 import importlib.util

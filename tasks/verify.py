@@ -1,10 +1,13 @@
 r"""Is the answer in the last \boxed{...} of a response right? Never raises, never hangs, whatever the response says.
 
-answers.py finds the answer and settles most of them by rules. The rest go to math-verify, which knows that (x+1)^2 is
-x^2+2x+1. But math-verify uses sympy, which starts to compute 10^{10^{10}} if it is asked to. Its own timeouts are
-alarms: only a main thread can set them, and an operation on big numbers does not react to them. So math-verify runs in
-processes of its own (worker.py), with limited memory and computing time. The kernel ends a worker if an answer takes
-too long, and then another is started.
+boxes.py finds the answer, and the rules of answers.py settle most. The rest go to math-verify, which knows that
+(x+1)^2 is x^2+2x+1. But math-verify uses sympy, which starts to compute 10^{10^{10}} if it is asked to. Its own
+timeouts are alarms: only a main thread can set them, and an operation on big numbers does not react to them. So
+math-verify runs in processes of its own (worker.py), with limited memory and computing time. The kernel ends a worker
+if an answer takes too long, and then another is started.
+
+The judge is six files, which import nothing else of ours: boxes.py, spelling.py, lists.py, answers.py, this one and
+worker.py.
 
 A verdict is True, False, or None: the judge failed, not the answer. None counts as 0, and tasks.judge counts it.
 """
@@ -23,7 +26,8 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-from tasks.answers import expressions, find, is_right
+from tasks.answers import expressions, is_right
+from tasks.boxes import find
 
 DEADLINE = 5.0  # seconds of computing that math-verify may spend on one answer
 START = 60.0  # seconds by the clock that a worker may take to start

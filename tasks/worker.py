@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 from fractions import Fraction
+from functools import lru_cache
 
 from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
@@ -36,6 +37,7 @@ def has_both_cases(text: str) -> bool:
     return any(c.isupper() and c.lower() in letters for c in letters)
 
 
+@lru_cache(1_000)  # the answers of a group have one gold
 def read(text: str, lowercase: bool) -> Basic | MatrixBase | None:
     """A LaTeX text as a sympy expression, with exact decimals and the imaginary unit; None if it cannot be read."""
     try:
