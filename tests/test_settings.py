@@ -215,11 +215,12 @@ def test_dropout_is_off_with_gradient_checkpointing_too(tmp_path, monkeypatch):
         max_position_embeddings=512, eos_token_id=1, pad_token_id=0, bos_token_id=None, dropout=0.5,
     )  # fmt: skip
     OPTForCausalLM(config).save_pretrained(folder)
-    ids = torch.arange(3, 30)[None]
+    device = ranks.start()
+    ids = torch.arange(3, 30, device=device)[None]
     scored = []
     for flag in (False, True):
         args = tiny_args(max_model_len=256, gradient_checkpointing=flag)
-        model = prepare.load(args, folder, ranks.start())[0]
+        model = prepare.load(args, folder, device)[0]
         logprobs, _ = token_logprobs(model, ids, ids > 3)
         logprobs.sum().backward()
         scored.append((logprobs.detach(), model.get_input_embeddings().weight.grad))
