@@ -110,6 +110,11 @@ def load_problems(args, tokenizer) -> tuple[list[tasks.Problem], list[tasks.Prob
         if both:
             ranks.print_once(f"{both} training problems are also held out: they are not trained on")
             train_set = [problem for problem in train_set if problem.prompt not in held_out]
+            if not train_set:
+                raise ValueError(
+                    f"--task {args.task}: all training problems are also held out, so none is left to train on. Give "
+                    "others with --eval_data, or all of them with --data, of which a part is held out"
+                )
 
     # Leave out what does not fit.
     def short(problems: list[tasks.Problem], source: str, kind: str, needed: int) -> list[tasks.Problem]:

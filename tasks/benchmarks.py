@@ -180,7 +180,7 @@ def problems(benchmark: Benchmark, split: str, data: str | None = None) -> list[
         step = -(-len(golds) // CHECKED)  # every so many, if there are more
         if strange := verify.unreadable(golds[::step]):
             log.warning(
-                "%s: math-verify cannot read %d of %d answers; for these only the same text is right: "
+                "%s: the judge cannot read %d of %d different answers; for these only the same text is right: "
                 "python -m tasks.audit prints them",
                 where, len(strange), len(golds[::step]),
             )  # fmt: skip

@@ -146,6 +146,10 @@ def test_a_part_of_the_data_is_held_out(tmp_path, capsys):
     train_set, test_set = prepare.load_problems(arguments(task=task, data=data, eval_data=other), tokenizer)
     assert len(train_set) == 36 and len(test_set) == 4
     assert "4 training problems are also held out" in capsys.readouterr().out
+    same = arguments(task=task, data=data, eval_data=write_rows(tmp_path / "same.jsonl"))
+    same.eval_problems = 40
+    with pytest.raises(ValueError, match=r"all training problems are also held out.*--eval_data"):
+        prepare.load_problems(same, tokenizer)
 
 
 def test_english_for_the_tiny_model_is_warned_of(tmp_path, capsys):

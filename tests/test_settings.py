@@ -226,3 +226,10 @@ def test_dropout_is_off_with_gradient_checkpointing_too(tmp_path, monkeypatch):
         scored.append((logprobs.detach(), model.get_input_embeddings().weight.grad))
     assert any(module.training for module in model.modules())
     torch.testing.assert_close(scored[0], scored[1], rtol=0, atol=1e-6)
+
+
+def test_a_misspelt_folder_is_named_before_the_hub_is_asked(tmp_path):
+    (tmp_path / "checkpoint-40").mkdir()
+    with pytest.raises(ValueError, match=r"no such folder: .*Did you mean .*checkpoint-40\?") as e:
+        settings.load_config(f"{tmp_path}/chekpoint-40")
+    assert "\n" not in str(e.value)
