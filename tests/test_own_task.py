@@ -224,6 +224,7 @@ def test_chat():
         prepare.load_problems(arguments(system="2"), tokenizer)
 
 
+@pytest.mark.vllm
 def test_stop(tmp_path):
     folder = shutil.copytree("assets/tiny", tmp_path / "tags")  # whose tags are special tokens: they count all the same
     text = (folder / "tokenizer.json").read_text()

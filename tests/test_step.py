@@ -117,7 +117,7 @@ def test_the_update_of_the_page_is_that_of_the_functions(made):
     trained = copy.deepcopy(load_model(TINY, "cpu")[0])
     input_ids, mask = batch_of(found)
     old, b = observe(trained, input_ids, mask).logprobs, found["followed"]
-    gamma = made[3][0].gamma["coupled"]
+    gamma = made[3][0].gamma["coupled"].cpu()
     shaped = shape_advantages(torch.tensor([r["advantage"] for r in found["responses"]]), gamma)
     optimizer = torch.optim.AdamW(trained.parameters(), args.lr, weight_decay=0.0)
     done = update(trained, optimizer, input_ids, mask, old, shaped, [torch.arange(len(mask))], micro_tokens=10_000)
@@ -317,7 +317,7 @@ def test_the_maps_are_those_of_the_two_extreme_heads(made):
         assert (shown["layer"], shown["head"], shown["group"]) == (head["layer"], head["head"], head["group"])
         alpha = torch.tensor(matplotlib.image.imread(io.BytesIO(base64.b64decode(shown["png"])))[..., 3])
         layer = step.take_response(made[3][0].recorded[shown["layer"]], found["followed"])
-        attention = step.attention_maps(layer)[0, shown["head"], :size, :size]
+        attention = step.attention_maps(layer)[0, shown["head"], :size, :size].cpu()
         torch.testing.assert_close(alpha, attention**0.4, atol=0.5 / 255 + 1e-6, rtol=0)
 
 
