@@ -48,7 +48,7 @@ def test_traces_are_honest():
 
 def test_its_attention_has_structure():
     """Local heads look near, far heads far, and WAAD and FAI are uneven within a response."""
-    model, tokenizer = load_model("assets/tiny")
+    model, tokenizer = load_model("assets/tiny", "cpu")
     rng, rollouts = random.Random(1), []
     while len(rollouts) < 64:
         prompt, text = tiny.trace(rng)
