@@ -80,7 +80,8 @@ def test_without_the_first_token_and_without_table_1(tmp_path):
     found = json.loads((out / "analysis.json").read_text())
     assert "table 1" not in found
     assert "left on the first token" in (out / "tables.md").read_text()
-    span, other, share = found["first token"]["global heads"]
+    span, other, share, by_norm = found["first token"]["global heads"]
+    assert 0 < by_norm < 1
     assert span < other and 0 < share < 1, "the first column is the farthest; the other way has it"
 
 
