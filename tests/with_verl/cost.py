@@ -24,7 +24,7 @@ TURNS = 7
 
 
 def make_model(folder: str) -> str:
-    """A Qwen3 with 8 million random weights, in a folder."""
+    """A Qwen3 with 11 million random weights, in a folder."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=9, num_attention_heads=8, head_dim=64)
     config = Qwen3Config(vocab_size=4096, num_key_value_heads=4, eos_token_id=1, pad_token_id=0, **sizes)
@@ -90,4 +90,4 @@ if __name__ == "__main__":
     print("|---|---|---|---|---|---|---|")
     measure("the tiny model, 1.4 million weights", parts.TINY, 30, rows=64, lengths=(20, 128))
     with tempfile.TemporaryDirectory() as folder:
-        measure("Qwen3, 8 million random weights", make_model(folder), 4096, rows=16, lengths=(200, 500))
+        measure("Qwen3, 11 million random weights", make_model(folder), 4096, rows=16, lengths=(200, 500))
