@@ -284,7 +284,8 @@ def main(args: Args) -> None:
         print(note)
         steps = plan(args)
         for model in args.model:
-            print("".join(f"{warning}\n" for warning in compare_with_training(model, args)), end="")
+            for warning in compare_with_training(model, args):
+                print(warning)
         out = Path(args.out) if args.out else None
         results = read(out) if out else []
         if out:

@@ -87,7 +87,7 @@ def other_ways(looks: dict[str, linkage.PerHead]) -> dict[str, dict]:
     """Table 2 for the bottom and top layers, for other head splits of the middle ones, and with FAI by norm."""
     ways = {f"{where} layers": (where, 0.3) for where in ("bottom", "middle", "top")}
     ways |= {f"split {q:.0%}": ("middle", q) for q in (0.2, 0.4, 0.5)}
-    ways |= {"FAI × ‖W_O v‖": ("by norm", 0.3)}
+    ways |= {"FAI × ‖W_O v‖": ("by norm", 0.3)} if "by norm" in looks else {}
     return {name: linkage.table(linkage.responses_of(looks[where], q)[0]) for name, (where, q) in ways.items()}
 
 
@@ -188,7 +188,10 @@ def main(args: Args) -> None:
         )
 
     looks = {where: look(model, where) for where in tqdm(layers, "maps")}
-    looks["by norm"] = look(model, "middle", by_norm=True)
+    taken = None
+    if sinks.can_weigh(model, layers["middle"]):
+        looks["by norm"] = look(model, "middle", by_norm=True)
+        taken = looks["by norm"].first
     other_spans = look(model, "middle", not args.drop_first).spans
     responses, overlap = linkage.responses_of(looks["middle"])
     torch.manual_seed(args.seed)
@@ -204,9 +207,7 @@ def main(args: Args) -> None:
         "args": asdict(args),
         "success": rewards.mean().item(),
         "receiver heads in H_glob": overlap,
-        "first token": sinks.table(
-            looks["middle"].spans, other_spans, looks["middle"].first, looks["by norm"].first
-        ),
+        "first token": sinks.table(looks["middle"].spans, other_spans, looks["middle"].first, taken),
         "table 2": linkage.table(responses),
         "floor": linkage.table(floor),
         "other ways": other_ways(looks),

@@ -61,9 +61,10 @@ def tables(found: dict) -> dict[str, list[list[str]]]:
     sink = [["mean over", "span", other, "left on the first token", "by norm", "overlap of the groups"]]
     for name in ("local heads", "global heads", "all heads"):
         overlap = parked.get(f"{name}, overlap")
-        span, other_span, share, taken = parked[name]
+        span, other_span, share, *taken = parked[name]
         text = "" if overlap is None else f"{overlap:.2f}"
-        sink.append([name, f"{span:.1f}", f"{other_span:.1f}", f"{100 * share:.0f} %", f"{100 * taken:.0f} %", text])
+        by_norm = [f"{100 * x:.0f} %" for x in taken] or [""]
+        sink.append([name, f"{span:.1f}", f"{other_span:.1f}", f"{100 * share:.0f} %", *by_norm, text])
 
     return {
         "Linkage: do the peaks fall together?": links,

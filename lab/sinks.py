@@ -28,11 +28,17 @@ def on_first(layer: Recorded) -> Tensor:
     return share if layer.attn_mask is None else share * layer.attn_mask[..., 0]
 
 
+def can_weigh(model, layers: list[int]) -> bool:
+    """Do these layers keep values and output apart, as v_proj and o_proj? Llama and Qwen3 do, Phi-3 does not."""
+    attentions = [getattr(model.get_decoder().layers[layer], "self_attn", None) for layer in layers]
+    return all(hasattr(one, name) for one in attentions for name in ("v_proj", "o_proj", "head_dim"))
+
+
 @contextmanager
 def recording_norms(model, layers: list[int]) -> Iterator[dict[int, Tensor]]:
     """Record ||W_O v_s|| of every head and token of these layers in the passes made inside: {layer: [B,H,N]}.
 
-    For models whose attention has v_proj and o_proj, such as Llama and Qwen3.
+    Only for models that can_weigh() says yes to.
     """
     found, modules = {}, {layer: model.get_decoder().layers[layer].self_attn for layer in layers}
 
@@ -71,16 +77,18 @@ def without_first(layer: Recorded) -> Recorded:
 
 
 def table(
-    spans: Tensor, other_spans: Tensor, shares: Tensor, taken: Tensor, quantile: float = 0.3
+    spans: Tensor, other_spans: Tensor, shares: Tensor, taken: Tensor | None, quantile: float = 0.3
 ) -> dict[str, float | list[float]]:
     """Spans with and without the first token and what is left on it, by group of heads; [heads] each.
 
-    [span, span without, share on the first token, the same by norm] of a group as the spans split it; the overlap
-    (Jaccard) of each group with the group by the other spans; and the correlation of span and share over heads.
+    [span, span without, share on the first token, the same by norm if it is there] of a group as the spans split it;
+    the overlap (Jaccard) of each group with the group by the other spans; and the correlation of span and share over
+    heads.
     """
     groups, others = split_heads(spans, quantile), split_heads(other_spans, quantile)
-    out = {"all heads": [x.mean().item() for x in (spans, other_spans, shares, taken)]}
+    columns = [x for x in (spans, other_spans, shares, taken) if x is not None]
+    out = {"all heads": [x.mean().item() for x in columns]}
     for name, a, b in zip(("local heads", "global heads"), groups, others):
-        out[name] = [x[a].mean().item() for x in (spans, other_spans, shares, taken)]
+        out[name] = [x[a].mean().item() for x in columns]
         out[f"{name}, overlap"] = ((a & b).sum() / (a | b).sum()).item()
     return out | {"correlation": float(np.corrcoef(spans.numpy(), shares.numpy())[0, 1])}

@@ -482,7 +482,10 @@ def flatten_numbers(record: dict) -> dict[str, float]:
 
 
 def describe_equal_groups(steps: list[dict]) -> str | None:
-    """What to say when the last EQUAL_STEPS steps had no group of unequal reward; else None. steps: their records."""
+    """What to say when no group of the last steps, EQUAL_STEPS at most, had unequal rewards; else None.
+
+    steps: the records of all steps so far.
+    """
     last = steps[-EQUAL_STEPS:]
     if not last or any(r["equal_groups"] < r["problems"] for r in last):
         return None

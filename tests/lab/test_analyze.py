@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import HfArgumentParser
 
-from lab import analyze, linkage, pictures
+from lab import analyze, linkage, pictures, sinks
 from node import settings
 
 
@@ -83,6 +83,14 @@ def test_without_the_first_token_and_without_table_1(tmp_path):
     span, other, share, by_norm = found["first token"]["global heads"]
     assert 0 < by_norm < 1
     assert span < other and 0 < share < 1, "the first column is the farthest; the other way has it"
+
+
+def test_a_model_without_values_of_their_own_has_no_column_by_norm(tmp_path, monkeypatch):
+    monkeypatch.setattr(sinks, "can_weigh", lambda model, layers: False)
+    out = tmp_path / "evidence"
+    run("--problems", 10, "--engine", "torch", "--positions", 0, "--max_tokens", 48, "--out", out)
+    found = json.loads((out / "analysis.json").read_text())
+    assert len(found["first token"]["global heads"]) == 3 and "‖" not in "".join(found["other ways"])
 
 
 def test_an_analysis_that_was_stopped_goes_on(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import Phi3Config, Phi3ForCausalLM
 
 import attention
 import heads
@@ -62,6 +63,12 @@ def test_signals_without_it_are_those_of_such_maps():
     found = sinks.table(linkage.per_head(model, input_ids, mask, layers).spans, looks.spans, looks.first, looks.first)
     assert found["all heads"][2] == pytest.approx(first.mean().item(), rel=1e-3)
     assert 0 <= found["local heads, overlap"] <= 1 and -1 <= found["correlation"] <= 1
+
+
+def test_only_models_with_values_of_their_own_are_weighed():
+    shape = dict(vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    phi = Phi3ForCausalLM(Phi3Config(**shape, intermediate_size=48, pad_token_id=0))
+    assert sinks.can_weigh(load_model("assets/tiny")[0], [4, 6]) and not sinks.can_weigh(phi, [0, 1])
 
 
 @pytest.mark.parametrize("drop_first", [False, True])
