@@ -12,7 +12,7 @@ demo: .venv/ok  ## Train the tiny model on Countdown with coupled rhythm credit 
 check: .venv/ok ## Check that this machine can train: versions, numbers, a step, the reload, memory (5 minutes).
 	$(BIN)/python -m node.check
 
-test: .venv/ok  ## Run all tests (9 minutes on two cores).
+test: .venv/ok  ## Run all tests (9 to 17 minutes on two cores).
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 verl: .venv-verl/ok ## Install verl, without GPU, and test the credit in it (10 minutes on two cores).
