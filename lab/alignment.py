@@ -5,12 +5,12 @@
     python -m lab.report directions                                     the tables, from the committed records
 
 A learning curve is noisy: two runs that differ by nothing but rounding end some points apart. This measures the arms of
-lab/arms.py at a fixed policy instead. Of many rollouts one half gives the gradient of expected success by its
-definition, REINFORCE,
+lab/arms.py at a fixed policy instead. Many rollouts give the gradient of expected success by its definition,
+REINFORCE,
 
     grad J = mean over responses of (r - b) sum_t grad log pi(y_t),   b the mean reward of the group's other responses
 
-without gamma, division by std or by length. On the other half each arm makes the gradient of a minibatch, as the first
+without gamma, division by std or by length. On other rollouts each arm makes the gradient of a minibatch, as the first
 update of a step does (Eq. 12-13 at ratio 1). To first order a step of given length raises success in proportion to the
 cosine between the two, so relative cosines are relative speeds. All are given in per cent more than uniform's:
 
@@ -34,7 +34,7 @@ gamma / sqrt(q gamma^2 + 1 - q): 22 % with 1.5 and 40 %. It can be more where th
     python -m lab.truth --out runs/truth                       what each token was worth, half an hour
     python -m lab.alignment --truth runs/truth                 three arms more, which know it
 
-With --truth the minibatches are those responses, and all problems sampled here serve grad J. "oracle" puts gamma on the
+With --truth the minibatches are those responses. "oracle" puts gamma on the
 tokens of truly largest |dV|: what a perfect signal could do with coupled's gamma and q, or with a q below the share of
 choices. "VinePPO" has dV itself for its advantage. "tokens" in the record says which tokens hold the signal and the
 noise, by what the token is: those of most entropy, then all others.
@@ -87,11 +87,12 @@ class Args:
         help=f"Some of: {'; '.join(arms.ARMS)}; uniform is added.",
     )
     truth: str | None = HfArg(default=None, help="Folder of lab.truth: the arms' responses, and three arms more.")
-    problems: int = HfArg(default=512, help="Training problems; half of them for grad J, all of them with --truth.")
+    problems: int = HfArg(default=256, help="Training problems for grad J.")
     parts: int = HfArg(default=32, help="Parts that grad J is made of, for its interval.")
     gamma_amp: float = HfArg(default=1.5, help="Of arms that do not name their own.")
     group: int = HfArg(default=8, help="G, responses to each problem.")
     minibatch: int = HfArg(default=2, help="Problems in a minibatch.")
+    minibatches: int = HfArg(default=64, help="Minibatches of each arm; with --truth, as many as it has.")
     max_tokens: int | None = HfArg(default=None, help="Longest response (default: 128 for the tiny model, 256).")
     kv_cache_gib: float | None = HfArg(default=None, help="vLLM's cache (default: 0.5 for the tiny model, 8).")
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
@@ -252,21 +253,16 @@ def checked(args: Args) -> truth.Measured | None:
         raise ValueError(f"--arms {', '.join(sorted(unknown))}: not of {'; '.join(arms.ARMS)}")
     if set(args.arms) & arms.BY_TEXT.keys() and args.task != "countdown-words":
         raise ValueError(f"--arms {' '.join(arms.BY_TEXT)}: are of --task countdown-words, not {args.task}")
-    if args.group < 2 or args.minibatch < 1 or args.parts < 3:
+    if args.group < 2 or args.minibatch < 1 or args.minibatches < 3 or args.parts < 3:
         raise ValueError(
-            f"--group {args.group} --minibatch {args.minibatch} --parts {args.parts}: two responses, one problem and "
-            "three parts at least"
+            f"--group {args.group} --minibatch {args.minibatch} --minibatches {args.minibatches} --parts {args.parts}: "
+            "two responses, one problem, three minibatches and three parts at least"
         )
     if not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: no such folder")
-    for_target = args.problems if args.truth else args.problems // 2
-    if for_target < args.parts or for_target % args.parts:
-        raise ValueError(
-            f"--problems {args.problems}: must be a multiple of {args.problems // for_target * args.parts}"
-        )
+    if args.problems < args.parts or args.problems % args.parts:
+        raise ValueError(f"--problems {args.problems}: must be a multiple of {args.parts}, --parts")
     if not args.truth:
-        if for_target % args.minibatch or for_target < 3 * args.minibatch:
-            raise ValueError(f"--minibatch {args.minibatch}: must divide {for_target}, three times or more")
         return None
     found = truth.read(args.truth)
     count = found.args.responses // args.group
@@ -289,18 +285,19 @@ def main(args: Args) -> None:
         found = checked(args)
         model, tokenizer = load_model(args.model)
         check_logits(model)
-        problems = tasks.load(args.task, "train", args.problems, seed=args.seed + bool(found))  # others than --truth's
+        count = args.problems + (0 if found else args.minibatches * args.minibatch)
+        problems = tasks.load(args.task, "train", count, seed=args.seed + bool(found))  # others than --truth's
         set_seed(args.seed)  # torch's sampler draws from the global generator; vLLM sets its own
         actor = start_actor(args.engine, args.model, 512, args.seed, args.kv_cache_gib, model, tokenizer)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    # 1. Sample. Half of the responses are for grad J, the rest are the arms'; with --truth all are for grad J.
+    # 1. Sample. The first responses are for grad J, the rest are the arms'.
     groups = actor.generate([p.prompt for p in problems], args.group, args.max_tokens, progress=True)
     actor.close()
     reward = tasks.get(args.task).reward
     rewards = torch.tensor([[reward(p, r.text) for r in group] for p, group in zip(problems, groups)])
     rollouts, device = [r for group in groups for r in group], model.device
-    first = len(rollouts) if found else len(rollouts) // 2
+    first = args.problems * args.group
 
     # 2. grad J in parts.
     baseline = (rewards.sum(1, keepdim=True) - rewards) / (args.group - 1)
@@ -312,7 +309,7 @@ def main(args: Args) -> None:
     if found:
         rollouts, rewards = found.rollouts, found.rewards.view(-1, args.group)
     else:
-        rollouts, rewards = rollouts[first:], rewards[first // args.group :]
+        rollouts, rewards = rollouts[first:], rewards[args.problems :]
     input_ids, mask, _ = (x.to(device) for x in pad_batch(rollouts))  # [B,N]
     advantages = group_advantages(rewards).flatten().to(device)
     per_token = mask / mask.sum(1, keepdim=True).clamp(min=1)
@@ -336,15 +333,14 @@ def main(args: Args) -> None:
     known = {name: credit.top_q(found.values.delta[0].abs().to(device), mask, q) for name, q in ORACLES.items()} \
         if found else {}  # fmt: skip
     for name in tqdm([*known, *(["VinePPO"] if found else []), *(a for a in args.arms if a != "uniform")], desc="arms"):
+        amp = args.gamma_amp
         if name == "VinePPO":
-            amp, arm = (
-                None,
-                gradients(model, input_ids, mask, found.values.delta[0].to(device) * per_token, minibatches),
-            )
+            amp = None
+            arm = gradients(model, input_ids, mask, found.values.delta[0].to(device) * per_token, minibatches)
         elif name in known:
-            amp, arm = args.gamma_amp, gradients_of(1 + (args.gamma_amp - 1) * known[name])
+            arm = gradients_of(1 + (amp - 1) * known[name])
         else:
-            amp = arms.ARMS[name].settings.get("gamma_amp", args.gamma_amp)
+            amp = arms.ARMS[name].settings.get("gamma_amp", amp)
             arm = gradients_of(*arms.gamma_of(arms.ARMS[name], seen, mask, input_ids, model, tokenizer, amp, args.seed))
         record["arms"][name] = measure(arm, uniform, target, rows, amp)
         write_whole(Path(args.out), json.dumps(record))
