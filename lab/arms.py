@@ -7,6 +7,8 @@ An arm is a set of train.py's arguments. Some have a credit function of their ow
     content, wording       gamma on the tokens that decide, or on the words around them: by the text (lab/wording.py),
                            so in Countdown in words only. "content" is the cheapest stand-in for an oracle: it looks at
                            no attention. If it helps to know what decides, that shows here.
+    coupled, tau_delta the median; coupled, gamma set once
+                           two other readings of Eq. 18-19, which other people's code has.
     ..., no first token    the credit of that name, with WAAD, FAI and the head split from attention without the first
                            token's column (lab/sinks.py).
 """
@@ -49,6 +51,32 @@ def by_text(kind: str, tokenizer) -> CreditFunction:
     return credit_of
 
 
+def read_otherwise(reading: str, _tokenizer) -> CreditFunction:
+    """Coupled credit with another reading of Eq. 18-19.
+
+    "median": tau_delta is the response's median Delta instead of the smallest in T_loc, so more anchors are dominated.
+    "set once": an intro gets 1 + alpha (amp - 1), also where it is an anchor and the terms would add up to more.
+    """
+
+    def credit_of(signals: Signals, mask: Tensor, q: float, amp: float, alpha: float, k: int, **_) -> Tensor:
+        parts = credit.coupled_parts(signals.waad, signals.fai, mask, q, k)
+        dominated = parts.dominated
+        if reading == "median":
+            tau_delta = parts.delta.masked_fill(~mask, torch.nan).nanmedian(1, keepdim=True).values
+            # A response's first token has no intro: column 0, which is not of the response.
+            has_intro, peak = mask.gather(1, parts.intro), parts.delta.gather(1, parts.intro)
+            is_low = signals.waad <= parts.tau_waad
+            dominated = parts.t_glob & is_low & has_intro & (peak >= tau_delta)
+        is_intro = torch.zeros_like(mask)
+        row, anchor = dominated.nonzero(as_tuple=True)
+        is_intro[row, parts.intro[row, anchor]] = True
+        share = (parts.t_glob & ~dominated) + (1 - alpha) * dominated
+        share = torch.where(is_intro, alpha, share) if reading == "set once" else share + alpha * is_intro
+        return 1 + (amp - 1) * share
+
+    return credit_of
+
+
 def without_first_token(name: str, tokenizer) -> CreditFunction:
     """The credit of this name, from attention without the first token's column; the split is measured at each call."""
 
@@ -75,6 +103,13 @@ ABLATIONS = {
     "coupled, on the token produced": Arm({"on_produced": True}),
 }
 LOUD = {"coupled, gamma 4, q 0.2": Arm({"gamma_amp": 4.0, "q": 0.2})}
+READINGS = {
+    "coupled, tau_delta the median": Arm(own=partial(read_otherwise, "median")),
+    "coupled, gamma set once": Arm(own=partial(read_otherwise, "set once")),
+}
+PLACES = {  # gamma 4 on other places than attention's
+    f"{name}, gamma 4, q 0.2": Arm({"credit": name, "gamma_amp": 4.0, "q": 0.2}) for name in ("random", "entropy")
+}
 BY_TEXT = {kind: Arm(own=partial(by_text, kind)) for kind in wording.KINDS}
 NO_FIRST = {
     f"{name}, no first token": Arm({"credit": name}, partial(without_first_token, name))
@@ -83,7 +118,7 @@ NO_FIRST = {
 RATES = {
     f"uniform, lr {lr}": Arm({"credit": "uniform", "lr": float(lr)}) for lr in ("2e-5", "8e-5", "1e-4", "2e-4", "4e-4")
 }
-ARMS = {**MAIN, **ABLATIONS, **LOUD, **BY_TEXT, **NO_FIRST, **RATES}
+ARMS = {**MAIN, **ABLATIONS, **LOUD, **READINGS, **PLACES, **BY_TEXT, **NO_FIRST, **RATES}
 BASELINE = ("uniform", "scaled", "entropy")  # AdamW divides gamma's size out, so these three are one treatment
 
 

@@ -113,7 +113,9 @@ def test_the_command_shows_scaled_to_be_uniform(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(alignment, "LARGE", 0)
     out, names = tmp_path / "directions.json", ["scaled", "random", "coupled, no first token"]
     alignment.main(
-        alignment.Args(arms=names, problems=12, parts=4, minibatch=4, minibatches=3, max_tokens=64, engine="torch", out=str(out))
+        alignment.Args(
+            arms=names, problems=12, parts=4, minibatch=4, minibatches=3, max_tokens=64, engine="torch", out=str(out)
+        )
     )
     record = json.loads(out.read_text())
     assert list(record["arms"]) == ["uniform", *names] and "3 minibatches of 32" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import torch
 from transformers import HfArgumentParser
 
 import credit
+import metrics
 import train
 from lab import arms, signals, wording
 
@@ -41,6 +42,27 @@ def test_gamma_by_the_text_lies_on_the_kind(tmp_path, monkeypatch):
         gamma[kind] = gamma_of(out)
         assert 0 < shares[kind] < 1 and gamma[kind] == pytest.approx(1 + 2 * shares[kind], abs=1e-5)
     assert gamma["content"] != gamma["wording"]
+
+
+def test_other_readings_of_eq_18_give_what_they_say():
+    """A small peak of Delta before an anchor counts for the median; an intro that is an anchor has no sum."""
+    mask = torch.tensor([[False, True, True, True, True, True, True]])
+    waad = torch.tensor([[0.0, 9.0, 4.0, 2.0, 2.0, 8.0, 3.0]])  # Delta: 5 2 0 6 5 0; T_loc of q 0.4: 1, 4, 5
+    fai = torch.tensor([[0.0, 0.1, 0.9, 0.0, 0.8, 0.7, 0.0]])  # anchors: 2, 4, 5; the median WAAD is 3
+    seen = metrics.Signals(logprobs=waad, entropy=waad, waad=waad, fai=fai, heads=None)
+    settings = dict(signals=seen, mask=mask, q=0.4, amp=3.0, alpha=0.5, k=2)
+    paper = credit.coupled_rhythm(waad, fai, mask, q=0.4, amp=3.0, k=2)
+    median = arms.read_otherwise("median", None)(**settings)
+    once = arms.read_otherwise("set once", None)(**settings)
+    # 4 has a low WAAD and Delta 2 before it: not of T_loc (at least 5), but the median Delta is 2.
+    assert paper.tolist() == [[1, 1, 3, 1, 3, 3, 1]]
+    assert median.tolist() == [[1, 1, 4, 1, 2, 3, 1]]
+    assert once.tolist() == paper.tolist(), "no anchor is dominated, so there is no intro"
+    # With k = 3 token 4 has the peak of token 1 before it, and 1 is an intro; with fai there it is an anchor as well.
+    fai[0, 1] = 1.0
+    paper = credit.coupled_rhythm(waad, fai, mask, q=0.4, amp=3.0, k=3)
+    once = arms.read_otherwise("set once", None)(**settings | {"k": 3})
+    assert paper.tolist() == [[1, 4, 3, 1, 2, 1, 1]] and once.tolist() == [[1, 2, 3, 1, 2, 1, 1]]
 
 
 def test_gamma_without_the_first_token_is_that_of_such_signals(tmp_path, monkeypatch):
