@@ -33,6 +33,17 @@ What each outcome will be called. "Gains": the primary interval lies above 0. "L
 x points or more": it contains 0, and x is its upper end. If the positive control's interval contains 0 the
 experiment is called unable to see, whatever the other arms show. If fewer runs than planned are there, the text
 says how many.
+
+TWO FURTHER ROUNDS. Their protocol was written when 130 runs of the first round were known (gamma 4 was ahead by one
+point of area, coupled by 0.3), and before the first run of their own.
+
+"lasting": does a gain last? 20 steps, evaluated at steps 10 and 20, seeds from 200 on: 40 runs of uniform and 40 of
+coupled with gamma 4 and q 0.2, the arm that was ahead. One contrast, success at step 20: "lasts" if its interval lies
+above 0, "is lost" if the whole interval lies below the gain at step 10 of the first round, else "cannot be told".
+
+"places": is it attention? 40 runs an arm with the first round's seeds, steps and measures. gamma 4 and q 0.2 on
+random tokens and on those of highest entropy, against uniform and against gamma 4 on attention's tokens. Then coupled
+as other people's code reads Eq. 18-19 (lab/arms.py), against coupled.
 """
 
 import json
@@ -48,9 +59,10 @@ from transformers.hf_argparser import HfArg
 
 import tasks
 import train
-from credit import assign_credit
+from credit import NEED_ATTENTION
 from eval import evaluate
 from grpo import group_advantages, shape_advantages, update
+from lab.arms import ARMS, PLACES, READINGS, Arm, gamma_of
 from lab.experiment import area
 from lab.stats import Estimate, Value, fit_contrast
 from node.output import markdown
@@ -58,17 +70,44 @@ from node.run import Clock, take_problems
 from node.settings import TINY, load_model, parse_args
 from rollout import VLLMActor, pad_batch
 
-STEPS, EVALUATE_AT, FIRST_SEED = 10, (5, 10), 100
-ARMS = {  # arm: (its number of runs, what differs from train.py's arguments in SETTING)
-    "uniform": (100, dict(credit="uniform")),
-    "coupled": (100, dict(credit="coupled")),
-    "coupled, gamma 4, q 0.2": (60, dict(credit="coupled", gamma_amp=4.0, q=0.2)),
-    "uniform, minibatches of 32": (20, dict(credit="uniform", minibatches=2)),
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of an arm."""
+
+    runs: int
+    arm: Arm
+    evaluate_at: tuple[int, ...] = (5, 10)  # the last is the last step
+    first_seed: int = 100
+
+
+LOUD = "coupled, gamma 4, q 0.2"
+LATE = dict(evaluate_at=(10, 20), first_seed=200)
+ROUNDS = {
+    "decisive": {
+        "uniform": Plan(100, ARMS["uniform"]),
+        "coupled": Plan(100, ARMS["coupled"]),
+        LOUD: Plan(60, ARMS[LOUD]),
+        "uniform, minibatches of 32": Plan(20, Arm({"credit": "uniform", "minibatches": 2})),
+    },
+    "lasting": {
+        "uniform, 20 steps": Plan(40, ARMS["uniform"], **LATE),
+        f"{LOUD}, 20 steps": Plan(40, ARMS[LOUD], **LATE),
+    },
+    "places": {name: Plan(40, ARMS[name]) for name in (*PLACES, *READINGS)},
 }
+PLANS = {name: plan for plans in ROUNDS.values() for name, plan in plans.items()}
+CONTRASTS = {  # one arm less another
+    "decisive": [(name, "uniform") for name in ROUNDS["decisive"] if name != "uniform"],
+    "lasting": [(f"{LOUD}, 20 steps", "uniform, 20 steps")],
+    "places": [*((name, "uniform") for name in PLACES), *((LOUD, name) for name in PLACES),
+               *((name, "coupled") for name in READINGS)],
+}  # fmt: skip
 SETTING = train.Args(
-    task="countdown-tiny", prompts=8, group=8, minibatches=4, lr=2e-4, max_tokens=128, max_model_len=512, steps=STEPS,
-    micro_tokens=1024, eval_samples=2, heads_every=10,
+    task="countdown-tiny", prompts=8, group=8, minibatches=4, lr=2e-4, max_tokens=128, max_model_len=512,
+    micro_tokens=1024, eval_samples=2,
 )  # fmt: skip
+HEADS_EVERY = 10  # steps between measurements of the split into local and global heads
 FOLDER = Path("lab/records/decisive")
 
 
@@ -81,8 +120,9 @@ class Args:
     table: bool = HfArg(default=False, help="Make no run; print what the recorded ones say.")
 
 
-def train_run(model, actor, weights: dict, args: train.Args, test_set: list[tasks.Problem]) -> dict:
+def train_run(model, actor, weights: dict, plan: Plan, seed: int, test_set: list[tasks.Problem]) -> dict:
     """One run from the given weights. Returns held-out success by step, each step's reward and gradient norm."""
+    args = replace(SETTING, seed=seed, steps=plan.evaluate_at[-1], **plan.arm.settings)
     model.load_state_dict(weights)
     actor.reload(model)
     set_seed(args.seed)
@@ -92,7 +132,7 @@ def train_run(model, actor, weights: dict, args: train.Args, test_set: list[task
     # last_epoch=0, as in train.py: the first step has a fifth of the learning rate.
     schedule = get_constant_schedule_with_warmup(optimizer, train.WARMUP_STEPS, last_epoch=0)
     heads, success, rewards_by_step, norms = None, {}, [], []
-    for step in range(STEPS):
+    for step in range(args.steps):
         problems = take_problems(train_set, step * args.prompts, args.prompts, args.seed)
         groups, rewards, *_ = train.sample_batch(args, actor, problems, Clock())
         rollouts = [r for group in groups for r in group]
@@ -102,11 +142,20 @@ def train_run(model, actor, weights: dict, args: train.Args, test_set: list[task
         scored = mask & (advantages != 0)[:, None]
         rows = order[advantages[order] != 0]
         if len(rows):
-            if heads is None and args.credit != "uniform":
+            if (heads is None or step % HEADS_EVERY == 0) and (plan.arm.own or args.credit in NEED_ATTENTION):
                 some = order[: train.SPAN_ROWS]
                 heads = train.split_into_local_and_global(args, model, input_ids[some], mask[some])
             signals = train.score(args, model, input_ids, mask, rows, heads)
-            gamma = assign_credit(args.credit, signals, scored, q=args.q, amp=args.gamma_amp)
+            gamma, _ = gamma_of(
+                plan.arm,
+                lambda _, seen=signals: seen,
+                scored,
+                input_ids,
+                model,
+                None,
+                args.gamma_amp,
+                1000 * args.seed + step,
+            )
             shaped = shape_advantages(advantages, gamma / gamma[scored].mean())
             minibatches = list(order.tensor_split(args.minibatches))
             did = update(model, optimizer, input_ids, mask, signals.logprobs, shaped, minibatches, args.micro_tokens)
@@ -114,7 +163,7 @@ def train_run(model, actor, weights: dict, args: train.Args, test_set: list[task
         schedule.step()
         actor.reload(model)
         rewards_by_step.append(round(rewards.mean().item(), 6))
-        if step + 1 in EVALUATE_AT:
+        if step + 1 in plan.evaluate_at:
             _, held_out = evaluate_quietly(actor, test_set, args)
             success[str(step + 1)] = round(held_out.mean().item(), 6)
     return {"success": success, "reward": rewards_by_step, "grad_norm": norms}
@@ -134,15 +183,25 @@ def record_file(arm: str) -> Path:
 
 
 def jobs() -> list[tuple[str, int]]:
-    """Every (arm, seed) of the protocol, seed by seed, so that the arms fill alike."""
-    most = max(count for count, _ in ARMS.values())
-    return [(arm, FIRST_SEED + i) for i in range(most) for arm, (count, _) in ARMS.items() if i < count]
+    """Every (arm, seed) of the protocol: round by round, and seed by seed, so that the arms of a round fill alike."""
+    return [
+        (name, plan.first_seed + i)
+        for plans in ROUNDS.values()
+        for i in range(max(plan.runs for plan in plans.values()))
+        for name, plan in plans.items()
+        if i < plan.runs
+    ]
+
+
+def read_records() -> list[dict]:
+    """The recorded runs of all rounds."""
+    files = [f for f in map(record_file, PLANS) if f.exists()]
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def done() -> set[tuple[str, int]]:
     """The (arm, seed) that the records hold."""
-    lines = [line for arm in ARMS if record_file(arm).exists() for line in record_file(arm).read_text().splitlines()]
-    return {(r["arm"], r["seed"]) for r in map(json.loads, lines)}
+    return {(r["arm"], r["seed"]) for r in read_records()}
 
 
 def append(file: Path, record: dict) -> None:
@@ -155,25 +214,24 @@ def append(file: Path, record: dict) -> None:
 
 
 def read_runs() -> list[dict]:
-    """The recorded runs, with the measures of the protocol in points: area, and success at step 10."""
-    start = json.loads((FOLDER / "start.json").read_text())["success"]
-    files = [f for f in map(record_file, ARMS) if f.exists()]
-    runs = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    """The recorded runs, with the measures of the protocol in points: area, and success at the last step."""
+    start, runs = json.loads((FOLDER / "start.json").read_text())["success"], read_records()
     for run in runs:
-        curve = [(0, start), *((step, run["success"][str(step)]) for step in EVALUATE_AT)]
-        run["area"], run["step 10"] = area(np.array(curve)), 100 * run["success"]["10"]
+        at = PLANS[run["arm"]].evaluate_at
+        curve = [(0, start), *((step, run["success"][str(step)]) for step in at)]
+        run["area"], run["last step"] = area(np.array(curve)), 100 * run["success"][str(at[-1])]
     return runs
 
 
-def contrast(runs: list[dict], arm: str, measure: str) -> Estimate | None:
-    """An arm less uniform, arm + seed; None where fewer than five of the arm's runs are there."""
-    if sum(run["arm"] == arm for run in runs) < 5:
+def contrast(runs: list[dict], one: str, other: str, measure: str) -> Estimate | None:
+    """An arm less another, arm + seed; None where one of them has fewer than five runs."""
+    if any(sum(run["arm"] == arm for run in runs) < 5 for arm in (one, other)):
         return None
-    return fit_contrast([Value(run["arm"], run["seed"], run[measure]) for run in runs], arm, "uniform")
+    return fit_contrast([Value(run["arm"], run["seed"], run[measure]) for run in runs], one, other)
 
 
 def say_outcome(primary: Estimate, control: Estimate) -> str:
-    """The protocol's word for the outcome."""
+    """The first round's outcome in the protocol's words."""
     if control.low <= 0 <= control.high:
         return "Unable to see: the interval of the positive control contains 0."
     if primary.low > 0:
@@ -183,22 +241,43 @@ def say_outcome(primary: Estimate, control: Estimate) -> str:
     return f"No gain of {primary.high:.1f} points or more: the primary interval contains 0."
 
 
+def say_whether_it_lasts(late: Estimate, early: Estimate) -> str:
+    """The second round's outcome in the protocol's words."""
+    if late.low > 0:
+        return "The gain lasts: the interval at step 20 lies above 0."
+    if late.high < early.value:
+        return "The gain is lost: the interval at step 20 lies below the gain at step 10."
+    return "Whether the gain lasts cannot be told."
+
+
 def report() -> str:
-    """Number of runs, the contrasts in both measures, and the outcome in the protocol's words, as Markdown."""
-    runs = read_runs()
-    counts = {arm: sum(run["arm"] == arm for run in runs) for arm in ARMS}
-    planned, found = sum(count for count, _ in ARMS.values()), {}
-    rows = [["arm − uniform, points", "runs", "planned", "area", "success at step 10"]]
-    for arm, (count, _) in ARMS.items():
-        both = [contrast(runs, arm, measure) if arm != "uniform" else None for measure in ("area", "step 10")]
-        found[arm] = both[0]
-        texts = ["" if arm == "uniform" else e.text("+.2f") if e else "too few runs" for e in both]
-        rows.append([arm, str(counts[arm]), str(count), *texts])
-    primary, control = found["coupled"], found["uniform, minibatches of 32"]
-    said = say_outcome(primary, control) if primary and control else "Too few runs to say anything."
-    if sum(counts.values()) < planned:
-        said = f"UNFINISHED: {sum(counts.values())} of {planned} runs are there. As far as they go: {said}"
-    return f"{said}\n\n{markdown(rows)}"
+    """The outcomes; then by round the number of runs and the contrasts in both measures, as Markdown."""
+    runs, found, tables = read_runs(), {}, []
+    counts = {arm: sum(run["arm"] == arm for run in runs) for arm in PLANS}
+    for name, plans in ROUNDS.items():
+        # The arms of "places" have the seeds and steps of the first round, so they stand in one model with its arms.
+        arms = [*plans, *(ROUNDS["decisive"] if name == "places" else ())]
+        of_round = [run for run in runs if run["arm"] in arms]
+        rows = [["one arm − another, points", "area", "success at the last step"]]
+        for one, other in CONTRASTS[name]:
+            found[one, other] = [contrast(of_round, one, other, measure) for measure in ("area", "last step")]
+            texts = (e.text("+.2f") if e else "too few runs" for e in found[one, other])
+            rows.append([f"{one} − {other}", *texts])
+        there = "; ".join(f"{arm}: {counts[arm]} of {plan.runs}" for arm, plan in plans.items())
+        tables.append(f"### Round: {name}\n\nRuns: {there}.\n\n{markdown(rows)}")
+
+    primary, control = (found[arm, "uniform"][0] for arm in ("coupled", "uniform, minibatches of 32"))
+    late, early = found[CONTRASTS["lasting"][0]][1], found[LOUD, "uniform"][1]
+    outcomes = {
+        "decisive": say_outcome(primary, control) if primary and control else "Too few runs to say anything.",
+        "lasting": say_whether_it_lasts(late, early) if late and early else "Too few runs to say anything.",
+    }
+    said = []
+    for name, outcome in outcomes.items():
+        planned, there = sum(plan.runs for plan in ROUNDS[name].values()), sum(counts[arm] for arm in ROUNDS[name])
+        unfinished = f"UNFINISHED: {there} of {planned} runs are there. As far as they go: " if there < planned else ""
+        said.append(f"- Round {name}: {unfinished}{outcome}")
+    return "\n\n".join(["\n".join(said), *tables])
 
 
 # ---- Making them ----
@@ -225,8 +304,8 @@ def main(args: Args) -> None:
     for arm, seed in tqdm(todo, desc=f"worker {number}"):
         if time.monotonic() > end:
             break
-        run_args = replace(SETTING, seed=seed, **ARMS[arm][1])
-        append(record_file(arm), {"arm": arm, "seed": seed, **train_run(model, actor, weights, run_args, test_set)})
+        result = train_run(model, actor, weights, PLANS[arm], seed, test_set)
+        append(record_file(arm), {"arm": arm, "seed": seed, **result})
     print(f"{len(done())} of {len(jobs())} runs are in {FOLDER}")
 
 

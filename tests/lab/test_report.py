@@ -1,12 +1,16 @@
 """The tables come from the committed records, and every interval in a text occurs in a record."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import tasks
 from lab import decisive, report, stats
+from node.settings import TINY, load_model
+from rollout import TorchActor
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [ROOT / "lab" / "README.md", ROOT / "README.md", *sorted((ROOT / "lab" / "results").glob("*.md"))]
@@ -52,8 +56,14 @@ def test_the_baseline_is_pooled_and_differences_are_what_was_planted(monkeypatch
     assert e.low < 3.0 < e.high and e.high - e.low < 0.5, "the seeds, which differ much more, are taken out"
 
 
-def run_of(arm, seed, area):
-    return {"arm": arm, "seed": seed, "area": area, "step 10": 2 * area}
+def planted_runs(more: dict[str, float]) -> list[dict]:
+    """Twenty runs of each of these arms, with so many points of area more, and twice as many at the last step."""
+    rng, runs = np.random.default_rng(0), []
+    for arm, gain in more.items():
+        for seed in range(20):
+            area = 40 + gain + 0.3 * rng.normal()
+            runs.append({"arm": arm, "seed": seed, "area": area, "last step": 2 * area})
+    return runs
 
 
 @pytest.mark.parametrize(
@@ -61,17 +71,44 @@ def run_of(arm, seed, area):
     [(1.0, 2.0, "Gains"), (-1.0, 2.0, "Loses"), (0.0, 2.0, "No gain of 0."), (1.0, 0.0, "Unable to see")],
 )
 def test_the_decisive_experiment_is_called_as_its_protocol_says(gain, control, says, monkeypatch):
-    rng = np.random.default_rng(0)
-    more = {"uniform": 0.0, "coupled": gain, "coupled, gamma 4, q 0.2": 0.0, "uniform, minibatches of 32": control}
-    planned = {arm: (20, {}) for arm in more}
-    runs = [run_of(arm, s, 40 + m + 0.3 * rng.normal()) for arm, m in more.items() for s in range(20)]
-    monkeypatch.setattr(decisive, "ARMS", planned)
+    arms = {"uniform": 0.0, "coupled": gain, decisive.LOUD: 0.0, "uniform, minibatches of 32": control}
+    runs = planted_runs(arms)
     monkeypatch.setattr(decisive, "read_runs", lambda: runs)
-    assert decisive.report().startswith(says)
-    monkeypatch.setattr(decisive, "read_runs", lambda: runs[:-1])
-    assert decisive.report().startswith(f"UNFINISHED: 79 of 80 runs are there. As far as they go: {says}")
+    unfinished = "- Round decisive: UNFINISHED: 80 of 280 runs are there. As far as they go:"
+    assert decisive.report().startswith(f"{unfinished} {says}")
+    enough = {arm: decisive.Plan(20, plan.arm) for arm, plan in decisive.ROUNDS["decisive"].items()}
+    monkeypatch.setitem(decisive.ROUNDS, "decisive", enough)
+    assert decisive.report().startswith(f"- Round decisive: {says}")
     monkeypatch.setattr(decisive, "read_runs", lambda: runs[:23])
-    assert "Too few runs" in decisive.report()
+    assert "As far as they go: Too few runs" in decisive.report()
+
+
+@pytest.mark.parametrize("late, says", [(1.0, "The gain lasts"), (0.0, "The gain is lost"), (-1.0, "is lost")])
+def test_a_gain_lasts_or_is_lost_as_the_protocol_says(late, says, monkeypatch):
+    arms = {"uniform": 0.0, "coupled": 0.0, decisive.LOUD: 1.0, "uniform, minibatches of 32": -2.0}
+    arms |= {"uniform, 20 steps": 0.0, f"{decisive.LOUD}, 20 steps": late, "random, gamma 4, q 0.2": 0.0}
+    runs = planted_runs(arms)
+    monkeypatch.setattr(decisive, "read_runs", lambda: runs)
+    assert says in decisive.report()
+    (row,) = [line for line in decisive.report().splitlines() if line.startswith(f"| {decisive.LOUD} − random")]
+    assert float(row.split("|")[2].split()[0]) == pytest.approx(1.0, abs=0.3)
+
+
+def test_a_run_of_every_kind_of_arm(monkeypatch):
+    """Held-out success at the steps asked for; the model ends elsewhere than it began."""
+    model, tokenizer = load_model(TINY)
+    actor = TorchActor(model, tokenizer)
+    short = replace(decisive.SETTING, prompts=4, minibatches=1, max_tokens=48, eval_samples=1)
+    monkeypatch.setattr(decisive, "SETTING", short)
+    test_set = tasks.load("countdown-tiny", "test", 2)
+    weights, norms = {name: w.clone() for name, w in model.state_dict().items()}, []
+    for arm in ("uniform", decisive.LOUD, "random, gamma 4, q 0.2", "coupled, gamma set once"):
+        plan = decisive.Plan(1, decisive.PLANS[arm].arm, evaluate_at=(1, 2))
+        result = decisive.train_run(model, actor, weights, plan, seed=3, test_set=test_set)
+        assert list(result["success"]) == ["1", "2"] and len(result["reward"]) == 2
+        assert any((model.state_dict()[name] != w).any() for name, w in weights.items()) == bool(result["grad_norm"])
+        norms.append(tuple(result["grad_norm"]))
+    assert any(norms) and len(set(norms)) == 4
 
 
 def test_power_comes_from_the_recorded_noise():
