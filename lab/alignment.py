@@ -2,7 +2,7 @@
 
     python -m lab.alignment --out lab/records/directions/tiny.json      the tiny model before training
     python -m lab.alignment --model runs/NAME/checkpoint-40             after it
-    python -m lab.report directions                                     the tables, from the committed records
+    python -m lab.report --only directions                                  the tables, from the committed records
 
 A learning curve is noisy: two runs that differ by nothing but rounding end some points apart. This measures the arms of
 lab/arms.py at a fixed policy instead. Many rollouts give the gradient of expected success by its definition,
@@ -26,10 +26,6 @@ cosine between the two, so relative cosines are relative speeds. All are given i
 
 Intervals: a jackknife over the minibatches and over the parts that grad J is made of, so that the noise of both is in
 them. The record holds the inner products that all this is computed from, and no gradient.
-
-How much can gamma gain? If the credited share q of the tokens holds all of the signal and q of the noise, gamma
-multiplies the signal by gamma and the noise's variance by q gamma^2 + 1 - q. While noise dominates, the cosine grows by
-gamma / sqrt(q gamma^2 + 1 - q): 22 % with 1.5 and 40 %. It can be more where their share of the noise is below q.
 
     python -m lab.truth --out runs/truth                       what each token was worth, half an hour
     python -m lab.alignment --truth runs/truth                 three arms more, which know it
@@ -79,8 +75,7 @@ class Args:
 
     model: str = HfArg(default=TINY, help="Folder or hub name of a transformers checkpoint.")
     task: str | None = HfArg(
-        default=None,
-        help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the tiny model, countdown-words).",
+        default=None, help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny or countdown-words)."
     )
     arms: list[str] = HfArg(
         default_factory=lambda: [*arms.MAIN, *arms.ABLATIONS, *arms.LOUD],
@@ -254,10 +249,8 @@ def checked(args: Args) -> truth.Measured | None:
     if set(args.arms) & arms.BY_TEXT.keys() and args.task != "countdown-words":
         raise ValueError(f"--arms {' '.join(arms.BY_TEXT)}: are of --task countdown-words, not {args.task}")
     if args.group < 2 or args.minibatch < 1 or args.minibatches < 3 or args.parts < 3:
-        raise ValueError(
-            f"--group {args.group} --minibatch {args.minibatch} --minibatches {args.minibatches} --parts {args.parts}: "
-            "two responses, one problem, three minibatches and three parts at least"
-        )
+        given = " ".join(f"--{name} {getattr(args, name)}" for name in ("group", "minibatch", "minibatches", "parts"))
+        raise ValueError(f"{given}: two responses, one problem, three minibatches and three parts at least")
     if not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: no such folder")
     if args.problems < args.parts or args.problems % args.parts:
@@ -273,7 +266,7 @@ def checked(args: Args) -> truth.Measured | None:
             raise ValueError(f"--{name} {getattr(args, name)}: --truth {args.truth} has {getattr(found.args, name)}")
     if count % args.minibatch or count < 3 * args.minibatch:
         raise ValueError(
-            f"--minibatch {args.minibatch}: must divide the {count} problems of --truth, three times or more"
+            f"--minibatch {args.minibatch}: must divide the {count} problems of --truth, in 3 parts or more"
         )
     return found
 

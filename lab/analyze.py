@@ -55,28 +55,17 @@ class Args:
     """Look for the preplan-and-anchor rhythm in a model's attention."""
 
     model: str = HfArg(default=TINY, help="Folder or hub name of a transformers checkpoint.")
-    task: str | None = HfArg(
-        default=None,
-        help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the tiny model, gsm8k for any other).",
-    )
+    task: str | None = HfArg(default=None, help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny or gsm8k).")
     data: str | None = HfArg(default=None, help="Local JSON, JSONL or parquet file in place of the task's dataset.")
     problems: int = HfArg(default=70, help="Held-out problems, one response each.")
     chat: bool = HfArg(default=False, help="Put each prompt into the model's chat template (default: plain text).")
-    drop_first: bool = HfArg(
-        default=False,
-        help="Look at attention without the first token's column, head split and all (lab/sinks.py).",
-    )
+    drop_first: bool = HfArg(default=False, help="Look at attention without the first token's column (lab/sinks.py).")
     temperature: float = HfArg(default=0.7, help="Of the sampled responses.")
-    max_tokens: int | None = HfArg(
-        default=None,
-        help="Longest response and continuation (default: 128 for the tiny model, 1024 for any other).",
-    )
+    max_tokens: int | None = HfArg(default=None, help="Longest response and continuation (default: 128 or 1024).")
     top_k: int = HfArg(default=3, help="Other tokens forced at a position.")
     positions: int = HfArg(default=3, help="Positions of highest, and of lowest FAI in a response; 0: no Table 1.")
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
-    kv_cache_gib: float | None = HfArg(
-        default=None, help="vLLM's cache, for more responses at once (default: 0.5 for the tiny model, 8)."
-    )
+    kv_cache_gib: float | None = HfArg(default=None, help="vLLM's cache (default: 0.5 for the tiny model, 8).")
     seed: int = HfArg(default=0, help="Seed of sampling and of the random weights.")
     micro_tokens: int = HfArg(default=2048, help="Tokens in one forward pass.")
     out: str | None = HfArg(default=None, help="Folder to write; it must be new (default: a new one under runs/).")
@@ -161,14 +150,7 @@ def main(args: Args) -> None:
         )
         set_seed(args.seed)
         if not (folder / "responses.jsonl").exists():
-            groups, verdicts = evaluate(
-                actor,
-                args.task,
-                problems,
-                1,
-                args.max_tokens,
-                args.temperature,
-            )
+            groups, verdicts = evaluate(actor, args.task, problems, 1, args.max_tokens, args.temperature)
             truth.write_rollouts(folder, [r for (r,) in groups], verdicts.flatten().tolist())
         rollouts, rewards = truth.read_rollouts(folder)
         rewards = torch.tensor(rewards)
@@ -199,10 +181,8 @@ def main(args: Args) -> None:
     floor = linkage.responses_of(look(untrained, "middle"))[0]
     del untrained
 
-    print(
-        f"{args.model}: {100 * rewards.mean():.1f} % of {len(rollouts)} responses right, {mask.sum()} tokens",
-        flush=True,
-    )
+    share = f"{100 * rewards.mean():.1f} % of {len(rollouts)} responses right"
+    print(f"{args.model}: {share}, {mask.sum()} tokens", flush=True)
     found = {
         "args": asdict(args),
         "success": rewards.mean().item(),
@@ -230,11 +210,9 @@ def main(args: Args) -> None:
     order = [shown, *(i for i in long if i != shown)][:PAGES]
     texts = [described(tasks.get(args.task), tokenizer, problems[i], rollouts[i], responses[i]) for i in order]
     title, tables = f"Preplan and anchor in {args.model}", pictures.tables(found)
-    intro = (
-        f"{len(rollouts)} responses to {args.data or args.task}, temperature {args.temperature}, "
-        f"{100 * found['success']:.1f} % right. "
-        f"{100 * overlap:.0f} % of the receiver heads are global heads (30 % by chance)."
-    )
+    intro = f"{len(rollouts)} responses to {args.data or args.task}, temperature {args.temperature}, "
+    intro += f"{100 * found['success']:.1f} % right. "
+    intro += f"{100 * overlap:.0f} % of the receiver heads are global heads (30 % by chance)."
     (folder / "index.html").write_text(pictures.page(title, intro, tables, texts, [folder / "maps.png"]))
     text = "\n\n".join(f"### {name}\n\n{markdown(rows)}" for name, rows in tables.items())
     (folder / "tables.md").write_text(f"{args.model}: {intro}\n\n{text}")

@@ -1,53 +1,13 @@
 """The decisive experiment: does coupled credit make the first ten steps better than plain GRPO?
 
     python -m lab.decisive --worker 0 2 & python -m lab.decisive --worker 1 2     one process a core; resumable
-    python -m lab.decisive --table                                                what the runs say, however many
+    python -m lab.report --only decisive                                          what the runs say, however many
 
-PROTOCOL, written before the first run.
-
-Why. Five seeds an arm cannot see a gain of one point. The direction of coupled's gradient (lab/alignment.py)
-predicts a gain of 0.3 to 0.5 points of area. About 100 runs an arm can see that.
-
-Setting. The tiny model, countdown-tiny. 10 steps of 8 problems x 8 responses, four updates of 16 responses each,
-learning rate 2e-4, up to 128 tokens: the setting "small" of lab/experiment.py, at half its length. In every arm
-gamma is divided by its mean over the step's response tokens, so that no arm takes larger steps (the gradient is
-clipped at norm 1 in many steps, so a louder gamma would also be clipped more often). Held-out success is the mean
-over 512 test problems and two sampled responses to each, at steps 5 and 10. At step 0 all arms are the same model,
-which is evaluated once.
-
-Arms, each with seeds from 100 on (no seed of an earlier experiment is used again):
-
-    uniform                         100 runs    plain GRPO
-    coupled                         100 runs    the paper's: gamma 1.5, q 0.4
-    coupled, gamma 4, q 0.2          60 runs    the direction that gained most in lab/alignment.py
-    uniform, minibatches of 32       20 runs    the positive control: two updates of 32, which are known to point better
-
-A seed fixes the problems of each step, and the random numbers that sampling starts from. So arms are paired by
-seed. A run that breaks is run again with its seed. No run is left out.
-
-Measures. Primary, one contrast: coupled - uniform, in the area under held-out success over steps 0, 5 and 10, as a
-mean in points. Secondary: (coupled, gamma 4, q 0.2) - uniform in the area; both contrasts in success at step 10;
-the positive control. Estimated by a linear model arm + seed, 95 % intervals by Student's t from its residuals.
-
-What each outcome will be called. "Gains": the primary interval lies above 0. "Loses": it lies below 0. "No gain of
-x points or more": it contains 0, and x is its upper end. If the positive control's interval contains 0 the
-experiment is called unable to see, whatever the other arms show. If fewer runs than planned are there, the text
-says how many.
-
-TWO FURTHER ROUNDS. Their protocol was written when 130 runs of the first round were known (gamma 4 was ahead by one
-point of area, coupled by 0.3), and before the first run of their own.
-
-"lasting": does a gain last? 20 steps, evaluated at steps 10 and 20, seeds from 200 on: 40 runs of uniform and 40 of
-coupled with gamma 4 and q 0.2, the arm that was ahead. One contrast, success at step 20: "lasts" if its interval lies
-above 0, "is lost" if the whole interval lies below the gain at step 10 of the first round, else "cannot be told".
-
-"places": is it attention? 40 runs an arm with the first round's seeds, steps and measures. gamma 4 and q 0.2 on
-random tokens and on those of highest entropy, against uniform and against gamma 4 on attention's tokens. Then coupled
-as other people's code reads Eq. 18-19 (lab/arms.py), against coupled.
+Five seeds an arm cannot see a gain of one point; about 100 runs an arm can. The protocol, with what each outcome is
+called, is lab/results/decisive.md. It was committed before the first run of each round.
 """
 
 import json
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -116,8 +76,6 @@ class Args:
     """Make the runs of the protocol that are not there yet."""
 
     worker: list[int] = HfArg(default_factory=lambda: [0, 1], help="This process's number, and how many there are.")
-    hours: float = HfArg(default=24.0, help="No run is begun later than this.")
-    table: bool = HfArg(default=False, help="Make no run; print what the recorded ones say.")
 
 
 def train_run(model, actor, weights: dict, plan: Plan, seed: int, test_set: list[tasks.Problem]) -> dict:
@@ -146,16 +104,8 @@ def train_run(model, actor, weights: dict, plan: Plan, seed: int, test_set: list
                 some = order[: train.SPAN_ROWS]
                 heads = train.split_into_local_and_global(args, model, input_ids[some], mask[some])
             signals = train.score(args, model, input_ids, mask, rows, heads)
-            gamma, _ = gamma_of(
-                plan.arm,
-                lambda _, seen=signals: seen,
-                scored,
-                input_ids,
-                model,
-                None,
-                args.gamma_amp,
-                1000 * args.seed + step,
-            )
+            settings = dict(model=model, tokenizer=None, amp=args.gamma_amp, seed=1000 * args.seed + step)
+            gamma, _ = gamma_of(plan.arm, lambda _, seen=signals: seen, scored, input_ids, **settings)
             shaped = shape_advantages(advantages, gamma / gamma[scored].mean())
             minibatches = list(order.tensor_split(args.minibatches))
             did = update(model, optimizer, input_ids, mask, signals.logprobs, shaped, minibatches, args.micro_tokens)
@@ -164,18 +114,9 @@ def train_run(model, actor, weights: dict, plan: Plan, seed: int, test_set: list
         actor.reload(model)
         rewards_by_step.append(round(rewards.mean().item(), 6))
         if step + 1 in plan.evaluate_at:
-            _, held_out = evaluate_quietly(actor, test_set, args)
+            _, held_out = evaluate(actor, args.task, test_set, args.eval_samples, args.max_tokens)
             success[str(step + 1)] = round(held_out.mean().item(), 6)
     return {"success": success, "reward": rewards_by_step, "grad_norm": norms}
-
-
-def evaluate_quietly(actor, test_set: list[tasks.Problem], args: train.Args):
-    """eval.evaluate without its progress bar."""
-    actor.generate, own = lambda *a, progress=False: type(actor).generate(actor, *a), actor.generate
-    try:
-        return evaluate(actor, args.task, test_set, args.eval_samples, args.max_tokens)
-    finally:
-        actor.generate = own
 
 
 def record_file(arm: str) -> Path:
@@ -284,12 +225,9 @@ def report() -> str:
 
 
 def main(args: Args) -> None:
-    if args.table:
-        return print(report())
     number, workers = args.worker
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 3600 * args.hours
     model, _ = load_model(TINY)
     actor = VLLMActor(TINY, SETTING.max_model_len)
     torch.set_num_threads(1)  # vLLM sets it
@@ -298,15 +236,13 @@ def main(args: Args) -> None:
     start = FOLDER / "start.json"
     if number == 0 and not start.exists():
         set_seed(0)
-        _, held_out = evaluate_quietly(actor, test_set, replace(SETTING, eval_samples=8))
+        _, held_out = evaluate(actor, SETTING.task, test_set, 8, SETTING.max_tokens)
         start.write_text(json.dumps({"success": round(held_out.mean().item(), 6), "samples": 8}) + "\n")
     todo = [job for i, job in enumerate(jobs()) if i % workers == number and job not in done()]
     for arm, seed in tqdm(todo, desc=f"worker {number}"):
-        if time.monotonic() > end:
-            break
         result = train_run(model, actor, weights, PLANS[arm], seed, test_set)
         append(record_file(arm), {"arm": arm, "seed": seed, **result})
-    print(f"{len(done())} of {len(jobs())} runs are in {FOLDER}")
+    print(f"{len(done())} of {len(jobs())} runs are in {FOLDER}; their tables: python -m lab.report --only decisive")
 
 
 if __name__ == "__main__":

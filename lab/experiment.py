@@ -2,7 +2,7 @@
 
     python -m lab.experiment                    makes the runs that are not there yet; stop and start freely
     python -m lab.experiment --setting small    the second round; also harder, words, ablations and the studies
-    python -m lab.report runs                   the tables and the figure, from the committed records
+    python -m lab.report --only runs                the tables and the figure, from the committed records
 
 In every setting all arms (lab/arms.py) have the same warm start, the same problems in the same order and the same
 number of rollouts; only gamma differs. The protocol of each setting, with the order in which things were fixed and run,
@@ -123,7 +123,7 @@ def main(args: Args) -> None:
             print(f"run {number} of {len(todo)}: {arm}, seed {seed}", flush=True)
             make(args, arm, seed)
     print(f"{len(list(read(args.setting, args.folder)))} runs: {args.folder}/{args.setting}; "
-          "their tables: python -m lab.report runs")  # fmt: skip
+          "their tables: python -m lab.report --only runs")  # fmt: skip
 
 
 if __name__ == "__main__":

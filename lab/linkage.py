@@ -208,11 +208,8 @@ def link(asked: list[tuple[np.ndarray, np.ndarray]], draws: int = 2000, seed: in
         return {"random": [0.0] * 3, "observed": [0.0] * 3, "lift": [0.0] * 3, "p": 1.0, "p shifted": 1.0, "peaks": 0}
     problems = Clusters(np.arange(len(asked)), draws)
     lift = [x - 1 for x in problems.ratio(hits, expected)[:3]]
-    out = {
-        "random": [*problems.ratio(expected, count)[:3]],
-        "observed": [*problems.ratio(hits, count)[:3]],
-        "lift": lift,
-    }
+    random, observed = (problems.ratio(x, count)[:3] for x in (expected, hits))
+    out = {"random": [*random], "observed": [*observed], "lift": lift}
     for name, null in (("p", throws), ("p shifted", shifts)):
         reached = null(asked, draws, rng) >= hits.sum() * (1 - 1e-12)
         out[name] = float((1 + reached.sum()) / (1 + draws))

@@ -177,11 +177,8 @@ def compare(kept: dict[Place, Kept], high: list[Place], low: list[Place], paired
         "verdict flips at high": mean["high", "flipped"],
         "verdict flips at low": mean["low", "flipped"],
     }
-    out = {"problems": len(problems)}
     draws = Clusters(np.arange(len(problems)), 2000)
-    for name, x in columns.items():
-        out[name] = [*draws.mean(x)[:3]]
-    return out
+    return {"problems": len(problems)} | {name: [*draws.mean(x)[:3]] for name, x in columns.items()}
 
 
 def table(

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 
 from lab import linkage
+from lab.stats import Estimate
 from node.output import visible
 
 matplotlib.use("Agg")
@@ -23,37 +24,28 @@ PAPER_LINKS = {
 PAPER_KEPT = {"kept at high": 0.534, "kept at low": 0.631, "less kept at high, share of problems": 0.8714}
 
 
-def interval(x: list[float], percent: bool = False) -> str:
-    """[value, low, high] as text.
-
-    >>> interval([0.5, 0.4, 0.625]), interval([0.5, 0.4, 0.625], percent=True)
-    ('0.500 (0.400 to 0.625)', '+50 % (+40 to +62)')
-    """
-    if percent:
-        return "{:+.0f} % ({:+.0f} to {:+.0f})".format(*(100 * v for v in x))
-    return "{:.3f} ({:.3f} to {:.3f})".format(*x)
-
-
 def tables(found: dict) -> dict[str, list[list[str]]]:
     """Every table of the report by its title: rows of cells, the first row the heads."""
+
+    def lift(line: dict) -> str:
+        return Estimate(*line["lift"]).percent("+.0f")
+
     links = [["Table 2", "random", "observed", "lift", "p", "p shifted", "peaks", "lift, random weights", "the paper"]]
     for name, x in found["table 2"].items():
-        paper = PAPER_LINKS.get(name)
-        links.append(
-            [
-                name, interval(x["random"]), interval(x["observed"]), interval(x["lift"], True), f"{x['p']:.4f}",
-                f"{x['p shifted']:.4f}", str(x["peaks"]), interval(found["floor"][name]["lift"], True),
-                f"{paper[0]} → {paper[1]}, {100 * (paper[1] / paper[0] - 1):+.0f} %" if paper else "",
-            ]
-        )  # fmt: skip
+        random, observed = (Estimate(*x[which]).text(".3f") for which in ("random", "observed"))
+        numbers = [f"{x['p']:.4f}", f"{x['p shifted']:.4f}", str(x["peaks"]), lift(found["floor"][name]), ""]
+        if name in PAPER_LINKS:
+            before, after = PAPER_LINKS[name]
+            numbers[-1] = f"{before} → {after}, {100 * (after / before - 1):+.0f} %"
+        links.append([name, random, observed, lift(x), *numbers])
     by = found["other ways"]
-    ways = [["lift", *by], *([n, *(interval(t[n]["lift"], True) for t in by.values())] for n in linkage.LINKS)]
+    ways = [["lift", *by], *([name, *(lift(lines[name]) for lines in by.values())] for name in linkage.LINKS)]
 
     table_1 = found.get("table 1", {})
     kept = [["Table 1", *table_1, "the paper"]]
     for name in next(iter(table_1.values()), ()):
         cells = [column.get(name) for column in table_1.values()]
-        text = [interval(c) if isinstance(c, list) else "" if c is None else f"{c:.4g}" for c in cells]
+        text = [Estimate(*c).text(".3f") if isinstance(c, list) else "" if c is None else f"{c:.4g}" for c in cells]
         kept.append([name, *text, str(PAPER_KEPT.get(name, ""))])
 
     parked = found["first token"]
@@ -97,12 +89,6 @@ def maps_figure(
             ax.set_ylabel(name)
         axes[2, column].set_xticks(t, tokens, fontsize=size, family="monospace", rotation=90)
     fig.supxlabel("tokens of the response; marks are the peaks", fontsize=10)
-    _save(fig, path)
-
-
-def _save(fig, path: Path) -> None:
-    if fig.get_layout_engine() is None:
-        fig.tight_layout()
     fig.savefig(path, dpi=110)
     plt.close(fig)
 

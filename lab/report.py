@@ -9,7 +9,6 @@ A table that a long measurement has written as Markdown is itself the record: la
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -34,26 +33,13 @@ PAPER = {  # its final accuracies: Countdown (Table 3, Qwen3-4B); ablations on m
     "coupled, lowest": "maths −6.9", "coupled, q 0.2": "maths +1.2", "coupled, q 0.6": "maths +0.8",
     "coupled, q 1.0": "maths +0.4", "coupled, positive only": "maths +2.6", "coupled, all heads": "maths −0.6",
 }  # fmt: skip
-OLD_DIRECTIONS = {  # tables of alignment as it was: minibatches resampled, grad J taken as it came out
-    "before training, minibatches of 64": "alignment.md",
-    "before training, minibatches of 16, with token values": "alignment-truth.md",
-    "the same, gamma 4": "alignment-small.md",
-    "harder problems": "alignment-harder.md",
-    "after 20 steps": "alignment-20.md",
-    "Countdown in words": "alignment-words.md",
-    "Countdown in words, content and wording": "alignment-kinds.md",
-    "Countdown in words, with token values": "alignment-truth-words.md",
-}
-DROPPED = ("all minibatches", "mean γ", "γ at choices")  # the first had a biased interval, the others no use
 
 
 @dataclass
 class Args:
     """Print the tables."""
 
-    only: list[str] | None = HfArg(
-        default=None, help="Some of: decisive, answer, runs, directions, values (default: all)."
-    )
+    only: list[str] | None = HfArg(default=None, help="Some of: decisive, answer, runs, directions, values.")
     out: str = HfArg(default=str(RECORDS / "report.md"), help="File for all tables.")
 
 
@@ -145,55 +131,38 @@ def dose_values(pool: bool = True) -> list[Value]:
     return [*values(("small",), "area", pool, SHORT), *ablations]
 
 
-def parse_table(text: str) -> list[list[str]]:
-    """The cells of the first Markdown table of a text, without the line under its head."""
-    lines = text.split("\n\n")[0].splitlines()
-    return [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in [lines[0], *lines[2:]]]
+def records_of_directions() -> dict[str, dict]:
+    """The committed records of lab.alignment by name. The older tables lab/records/alignment*.md are not among them."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((RECORDS / "directions").glob("*.json"))}
 
 
-@cache
-def direction_of(file: str, column: str = "one minibatch") -> dict[str, float]:
-    """By arm, a column of a committed table of directions, in per cent; uniform 0."""
-    if file.endswith(".json"):
-        record = json.loads((RECORDS / file).read_text())
-        base = record["arms"]["uniform"]
-        found = {a: alignment.compare(x, base)[column].value for a, x in record["arms"].items() if a != "uniform"}
-    else:
-        head, _, *rows = parse_table((RECORDS / file).read_text())
-        found = {row[0]: float(row[head.index(column)].split()[0]) for row in rows}
+def direction_of(record: dict, column: str) -> dict[str, float]:
+    """By arm, how much better than uniform its gradients point, in per cent; uniform 0."""
+    base = record["arms"]["uniform"]
+    found = {arm: alignment.compare(x, base)[column].value for arm, x in record["arms"].items() if arm != "uniform"}
     return {"uniform": 0.0, **found}
 
 
-def dose() -> dict[str, list[list[str]]]:
+def dose(record: dict) -> list[list[str]]:
     """Do the runs do what the directions say? The slope of the area to step 10 on the direction, over 14 arms."""
     rows = [["direction, % better than uniform", "points of area per %", "p"]]
-    sources = ["alignment-truth.md", "alignment.md", *(str(p.relative_to(RECORDS)) for p in new_directions())]
-    for file in sources:
-        for column in ("one minibatch", "AdamW"):
-            x = {arm: v for arm, v in direction_of(file, column).items() if arm in (*MAIN, *ABLATIONS)}
-            if len(x) == len(MAIN) + len(ABLATIONS):
-                e = permuted_slope(dose_values(pool=False), x)
-                rows.append([f"{column}, {file}", e.text("+.3f"), f"{e.p:.4f}"])
-    return {"Do the runs follow the directions? 14 arms, 56 runs, first ten steps (found afterwards)": rows}
-
-
-def new_directions() -> list[Path]:
-    """Records of lab.alignment as it is."""
-    return sorted((RECORDS / "directions").glob("*.json"))
+    for column in ("one minibatch", "AdamW"):
+        x = {arm: v for arm, v in direction_of(record, column).items() if arm in (*MAIN, *ABLATIONS)}
+        e = permuted_slope(dose_values(pool=False), x)
+        rows.append([column, e.text("+.3f"), f"{e.p:.4f}"])
+    return rows
 
 
 def directions() -> dict[str, list[list[str]]]:
-    """The relation to the runs; tables from records; and the older tables, without the columns that were wrong."""
-    tables = dose()
-    for path in new_directions():
-        record = json.loads(path.read_text())
-        tables[f"Directions, {path.stem}: % better than uniform"] = alignment.table(record)
+    """The relation to the runs, and each record's tables."""
+    records = records_of_directions()
+    tables = {
+        "Do the runs follow the directions? 14 arms, 56 runs, first ten steps (found afterwards)": dose(records["tiny"])
+    }
+    for name, record in records.items():
+        tables[f"Directions, {name}: % better than uniform"] = alignment.table(record)
         if "tokens" in record:
-            tables[f"Directions, {path.stem}: what holds signal and noise"] = alignment.token_table(record)
-    for name, file in OLD_DIRECTIONS.items():
-        head, *rows = parse_table((RECORDS / file).read_text())
-        kept = [i for i, column in enumerate(head) if column not in DROPPED]
-        tables[f"Directions, older record: {name} ({file})"] = [[row[i] for i in kept] for row in (head, *rows)]
+            tables[f"Directions, {name}: what holds signal and noise"] = alignment.token_table(record)
     return tables
 
 
@@ -225,7 +194,7 @@ def answer_figure(path: Path) -> None:
     left.invert_yaxis()
     left.set(xlabel="points of success more than plain GRPO, 95 %", title="105 runs of the tiny model")
     left.legend()
-    x, found = direction_of("directions/tiny.json"), dose_values(pool=False)
+    x, found = direction_of(records_of_directions()["tiny"], "one minibatch"), dose_values(pool=False)
     for arm in (a for a in (*MAIN, *ABLATIONS) if a != "uniform"):
         e = fit_contrast(found, arm, "uniform")
         right.errorbar(x[arm], e.value, yerr=[[e.value - e.low], [e.high - e.value]], fmt="o", color="tab:gray", lw=0.7)
@@ -244,12 +213,9 @@ def curves_figure(path: Path) -> None:
     fig, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True)
     for ax, setting in zip(axes, POOLED):
         for arm in MAIN:
-            found = np.array(
-                [run.success for run in experiment.read(setting) if run.arm == arm]
-            )  # [seeds, evaluations, 2]
-            ax.plot(
-                found[0, :, 0], 100 * found[:, :, 1].mean(0), lw=2.2 if arm in ("uniform", "coupled") else 1, label=arm
-            )
+            curves = np.array([run.success for run in experiment.read(setting) if run.arm == arm])  # [seeds,times,2]
+            width = 2.2 if arm in ("uniform", "coupled") else 1
+            ax.plot(curves[0, :, 0], 100 * curves[:, :, 1].mean(0), lw=width, label=arm)
         ax.set(title=setting, xlabel="step")
     axes[0].set_ylabel("held-out success, %, mean of five seeds")
     axes[0].legend(fontsize=8)

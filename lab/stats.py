@@ -33,6 +33,14 @@ class Estimate(NamedTuple):
         """
         return f"{self.value:{form}} ({self.low:{form}} to {self.high:{form}})"
 
+    def percent(self, form: str = ".0f") -> str:
+        """
+        >>> Estimate(0.5, 0.4, 0.625).percent()
+        '50 % (40 to 62)'
+        """
+        value, low, high = (100 * x for x in self[:3])
+        return f"{value:{form}} % ({low:{form}} to {high:{form}})"
+
 
 def from_error(value: float, error: float, df: float) -> Estimate:
     """Student's t: the interval and p of an estimate with this standard error and these degrees of freedom."""
@@ -107,11 +115,8 @@ def permuted_slope(values: Sequence[Value], x: dict[str, float], draws: int = 40
     def slope(z: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (centred(z) * y).sum(-1) / (centred(z) ** 2).sum(-1)
 
-    y, by_arm, rng = (
-        centred(np.array([v.value for v in kept])),
-        np.array([x[a] for a in arms]),
-        np.random.default_rng(seed),
-    )
+    y, by_arm = centred(np.array([v.value for v in kept])), np.array([x[arm] for arm in arms])
+    rng = np.random.default_rng(seed)
     fitted = slope(by_arm[arm_of], y)
     shuffled = np.stack([rng.permutation(by_arm) for _ in range(draws)])[:, arm_of]  # [draws, runs]
     of_values, of_x = slope(shuffled, y), slope(shuffled, centred(by_arm[arm_of]))

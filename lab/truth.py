@@ -55,8 +55,7 @@ class Args:
 
     model: str = HfArg(default=TINY, help="Folder or hub name of a transformers checkpoint.")
     task: str | None = HfArg(
-        default=None,
-        help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny for the tiny model, countdown-words).",
+        default=None, help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny or countdown-words)."
     )
     data: str | None = HfArg(default=None, help="Local JSON, JSONL or parquet file in place of the task's dataset.")
     split: Literal["train", "test"] = HfArg(default="train", help="Of the task's problems.")
@@ -64,13 +63,9 @@ class Args:
     group: int = HfArg(default=8, help="G, responses to each problem.")
     continuations: int = HfArg(default=24, help="K, of each beginning of a response; even.")
     sure: float = HfArg(default=SURE, help="Neighbours that can differ by no more than this share one estimate of V.")
-    max_tokens: int | None = HfArg(
-        default=None, help="Longest response (default: 128 for the tiny model, 256 for any other)."
-    )
+    max_tokens: int | None = HfArg(default=None, help="Longest response (default: 128 for the tiny model, 256).")
     engine: Literal["vllm", "torch"] = HfArg(default="vllm", help="The sampler; torch where vLLM is not installed.")
-    kv_cache_gib: float | None = HfArg(
-        default=None, help="vLLM's cache, for more responses at once (default: 0.5 for the tiny model, 8)."
-    )
+    kv_cache_gib: float | None = HfArg(default=None, help="vLLM's cache (default: 0.5 for the tiny model, 8).")
     seed: int = HfArg(default=0, help="Seed of problems and sampling.")
     out: str | None = HfArg(default=None, help="Folder to write; it must be new (default: a new one under runs/).")
     resume: str | None = HfArg(default=None, help="Folder that a stopped measurement goes on in; given alone.")
@@ -230,10 +225,9 @@ def outcome_variance(found: Measured) -> tuple[float, float, float]:
 def sample(args: Args, actor, problems: list[tasks.Problem], folder: Path) -> None:
     """The responses and their verdicts, as a file that is whole or not there."""
     groups = actor.generate([p.prompt for p in problems], args.group, args.max_tokens, progress=True)
-    made = [
-        (r, tasks.get(args.task).reward(problem, r.text)) for problem, group in zip(problems, groups) for r in group
-    ]
-    write_rollouts(folder, *zip(*made))
+    reward = tasks.get(args.task).reward
+    rewards = [reward(problem, r.text) for problem, group in zip(problems, groups) for r in group]
+    write_rollouts(folder, [r for group in groups for r in group], rewards)
 
 
 def checked(args: Args) -> Args:

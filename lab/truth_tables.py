@@ -90,24 +90,18 @@ def choice_table(signals: Signals, values, mask: Tensor, clusters: Clusters) -> 
     return [*rows, ["ceiling", ceiling(values, choice, SHARES[-1], clusters)]]
 
 
-def _by_response(x: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
-    """Sums of x [tokens, ...] over each of the responses that own them. [count, ...]"""
-    out = np.zeros((count, *x.shape[1:]))
-    np.add.at(out, owner, x)
-    return out
-
-
 def regression(signals: Signals, values, mask: Tensor, clusters: Clusters) -> list[list]:
     """Weights of the ranks in least-squares fits of dV^2 over its mean, choices alone; a column for each signal."""
     choice = mask & (signals.entropy > CHOICE)
     owner, y = choice.nonzero()[:, 0].numpy(), values.square[0][choice].double().numpy()
     y, ranked = y / y.mean(), scores(signals, mask)
+    of_tokens = Clusters(clusters.problem[owner])  # the same problems are drawn, and with them their tokens
     columns = {}
     for name in ("FAI", "change of WAAD"):
         ranks = [within(ranked[n], choice) for n in ("entropy", "position, early first", name)]
         x = np.stack([np.ones(len(y)), *ranks], 1)
         moments = [x[:, :, None] * x[:, None], (x * y[:, None])[..., None]]
-        xx, xy = (clusters.sums(_by_response(m, owner, len(mask))) for m in moments)
+        xx, xy = map(of_tokens.sums, moments)
         solved = np.linalg.solve(xx, xy)[..., 0]  # [1 + draws, 4]
         columns[name] = [clusters.interval(w) for w in solved[:, 1:].T]
     return [[name, *row] for name, *row in zip(("entropy", "position, early first", "the signal"), *columns.values())]
@@ -119,7 +113,7 @@ def cell(x: Estimate | float | str | None, percent: bool) -> str:
         return x or ""
     if isinstance(x, float):
         return f"{100 * x:.0f} %" if percent else f"{x:.2f}"
-    return "{:.0f} % ({:.0f} to {:.0f})".format(*(100 * v for v in x[:3])) if percent else x.text(".2f")
+    return x.percent() if percent else x.text(".2f")
 
 
 def tables(found, model, signals: Signals, input_ids: Tensor, mask: Tensor) -> dict[str, list[list[str]]]:
@@ -137,7 +131,7 @@ def tables(found, model, signals: Signals, input_ids: Tensor, mask: Tensor) -> d
         ]
     }  # fmt: skip
     choice = mask & (signals.entropy > CHOICE)
-    holds = cell(held(choice.float(), square, mask, clusters), True)
+    holds = held(choice.float(), square, mask, clusters).percent()
     part = f"{100 * choice.sum() / mask.sum():.0f} % of the tokens, {holds} of ΔV²"
     out[f"Among the choices alone: entropy above {CHOICE} nats, {part}"] = [
         ["chosen by", f"held by the highest {share}"],

@@ -38,7 +38,7 @@ import credit
 from lab import truth
 from lab.signals import CHOICE, on_cpu, scores, signals_of, without_first
 from lab.stats import Clusters
-from lab.truth_tables import cell, held
+from lab.truth_tables import held
 from metrics import Signals
 from node.output import markdown, write_whole
 from node.settings import load_model, parse_args
@@ -97,9 +97,8 @@ def marked(tokenizer, input_ids: Tensor, mask: Tensor) -> Tensor:
     for b in range(len(mask)):
         labels = kinds([tokenizer.decode([t]) for t in input_ids[b, mask[b]].tolist()])
         for i, name in enumerate(KINDS):
-            kind[i, b, mask[b]] = torch.tensor(
-                [label == name for label in labels], dtype=torch.bool, device=mask.device
-            )
+            is_of_kind = [label == name for label in labels]
+            kind[i, b, mask[b]] = torch.tensor(is_of_kind, dtype=torch.bool, device=mask.device)
     return kind
 
 
@@ -125,10 +124,10 @@ def table(
         each = np.array([auc(row[c | w].numpy(), c[c | w].numpy()) for row, c, w in zip(x, content, wording)])
         both = ~np.isnan(each)
         top = credit.top_q(x, mask, 0.4)
-        shares = [cell(clusters.ratio((top & kind).sum(1), kind.sum(1)), True) for kind in (content, wording)]
+        shares = [clusters.ratio((top & kind).sum(1), kind.sum(1)).percent() for kind in (content, wording)]
         means = [clusters.sums((square * at).sum(1)) / clusters.sums(at.sum(1)) for at in (top & content, content)]
         chance, worth = clusters.ratio(np.where(both, each, 0), both), clusters.interval(means[0] / means[1])
-        rows.append([name, cell(chance, False), *shares, cell(worth, False)])
+        rows.append([name, chance.text(".2f"), *shares, worth.text(".2f")])
     return rows
 
 
@@ -140,7 +139,7 @@ def decided(tokenizer, input_ids: Tensor, mask: Tensor, square: Tensor, clusters
     parts = {"content": content, **{name: content & at[input_ids] for name, at in of.items()}, "wording": wording}
     rows = [["tokens", "number", "share of the outcome's variance that is decided there"]]
     for name, at in parts.items():
-        rows.append([name, f"{at.sum():,}", cell(held(at.float(), square, mask, clusters), True)])
+        rows.append([name, f"{at.sum():,}", held(at.float(), square, mask, clusters).percent()])
     return rows
 
 
@@ -176,9 +175,8 @@ def main(args: Args) -> None:
     untrained = on_cpu(signals_of(fresh, *there))
     content, wording = marked(tokenizer, input_ids, mask) & (signals.entropy > CHOICE)
     tables.append(table(look(signals, first_out, untrained, mask), content, wording, mask, square, clusters))
-    text = (
-        f"{len(mask)} responses of {found.args.model} ({args.truth}); signals of {args.model or found.args.model}.\n\n"
-    )
+    of = args.model or found.args.model
+    text = f"{len(mask)} responses of {found.args.model} ({args.truth}); signals of {of}.\n\n"
     text += "\n\n".join(map(markdown, tables)) + "\n"
     write_whole(Path(args.out), text)
     print(text)

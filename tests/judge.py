@@ -1,7 +1,7 @@
 """Our judge of maths answers, next to math-verify used directly and to TRL's accuracy reward, on cases with verdicts.
 
-python -m lab.judge                  the project's own cases; writes lab/results/judge.md
-python -m lab.judge --cases MY.jsonl  others, printed only: an object a line with gold, response and right
+python -m tests.judge                  the project's own cases; writes lab/results/judge.md
+python -m tests.judge --cases MY.jsonl  others, printed only: an object a line with gold, response and right
 
 math-verify directly: both texts are parsed with its default settings, and compared. TRL: trl.rewards.accuracy_reward.
 Both get the gold in a box, which both read best. A false refusal is a right answer without a reward, a false acceptance
@@ -51,8 +51,7 @@ def compare(cases: list[dict]) -> str:
     golds, responses = [case["gold"] for case in cases], [case["response"] for case in cases]
     right = sum(case["right"] for case in cases)
     lines = [
-        f"| judge | false refusals (of {right}) | false acceptances (of {len(cases) - right}) "
-        f"| wrong (of {len(cases)}) |",
+        f"| judge | false refusals, of {right} | false acceptances, of {len(cases) - right} | wrong, of {len(cases)} |",
         "|---|---|---|---|",
     ]
     for name, judge in JUDGES.items():
@@ -73,9 +72,10 @@ def main() -> None:
     if not args.cases:
         RESULTS.write_text(
             "# The judge of maths answers, compared\n\n"
-            "Made by `python -m lab.judge` on the cases in `tests/data/answers.jsonl`, which we wrote\n"
-            "for the rules of `tasks/answers.py`. So this table says what the rules add, not how often a model needs\n"
-            f"them.\n\n{table}\n"
+            "Made by `python -m tests.judge` on the cases in `tests/data/answers.jsonl`, which we wrote for the\n"
+            "rules of `tasks/answers.py`. A test requires that this project is right on all of them. So the\n"
+            "table says what the rules add to math-verify, not how often a model needs them.\n\n"
+            f"{table}\n"
         )
 
 
