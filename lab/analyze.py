@@ -193,10 +193,9 @@ def main(args: Args) -> None:
         "other ways": other_ways(looks),
     }  # fmt: skip
     if args.positions:
-        found["table 1"] = perturb.table(
-            actor, model, tokenizer, args.task, problems, rollouts, responses, input_ids, mask,
-            args.max_tokens, folder / "continuations.jsonl", args.positions, args.top_k,
-        )  # fmt: skip
+        seen = (model, tokenizer, rollouts, responses, input_ids, mask)
+        counts = (args.max_tokens, folder / "continuations.jsonl", args.positions, args.top_k)
+        found["table 1"] = perturb.table(actor, *seen, *counts)
     actor.close()
 
     right = [i for i in long if rewards[i] == 1] or long

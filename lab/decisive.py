@@ -191,19 +191,26 @@ def say_whether_it_lasts(late: Estimate, early: Estimate) -> str:
     return "Whether the gain lasts cannot be told."
 
 
+def contrasts(runs: list[dict]) -> dict[tuple[str, str], list[Estimate | None]]:
+    """(one arm, another): their difference in the area and in success at the last step."""
+    found = {}
+    for name, pairs in CONTRASTS.items():
+        # The arms of "places" have the seeds and steps of the first round, so they stand in one model with its arms.
+        arms = [*ROUNDS[name], *(ROUNDS["decisive"] if name == "places" else ())]
+        of_round = [run for run in runs if run["arm"] in arms]
+        for pair in pairs:
+            found[pair] = [contrast(of_round, *pair, measure) for measure in ("area", "last step")]
+    return found
+
+
 def report() -> str:
     """The outcomes; then by round the number of runs and the contrasts in both measures, as Markdown."""
-    runs, found, tables = read_runs(), {}, []
-    counts = {arm: sum(run["arm"] == arm for run in runs) for arm in PLANS}
+    runs, tables = read_runs(), []
+    found, counts = contrasts(runs), {arm: sum(run["arm"] == arm for run in runs) for arm in PLANS}
     for name, plans in ROUNDS.items():
-        # The arms of "places" have the seeds and steps of the first round, so they stand in one model with its arms.
-        arms = [*plans, *(ROUNDS["decisive"] if name == "places" else ())]
-        of_round = [run for run in runs if run["arm"] in arms]
         rows = [["one arm − another, points", "area", "success at the last step"]]
         for one, other in CONTRASTS[name]:
-            found[one, other] = [contrast(of_round, one, other, measure) for measure in ("area", "last step")]
-            texts = (e.text("+.2f") if e else "too few runs" for e in found[one, other])
-            rows.append([f"{one} − {other}", *texts])
+            rows.append([f"{one} − {other}", *(e.text("+.2f") if e else "too few runs" for e in found[one, other])])
         there = "; ".join(f"{arm}: {counts[arm]} of {plan.runs}" for arm, plan in plans.items())
         tables.append(f"### Round: {name}\n\nRuns: {there}.\n\n{markdown(rows)}")
 

@@ -13,7 +13,6 @@ separators may be anchors or artefacts, a third and a fourth look at punctuation
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from scipy.spatial.distance import cdist
 from torch import Tensor
 from tqdm import tqdm
 
-import tasks
 from grpo import micro_batches
 from lab.linkage import Response
 from lab.stats import Clusters
@@ -39,13 +37,6 @@ STOP_WORDS = frozenset(
 CALL = 512  # continuations that go to the sampler at once
 
 Place = tuple[int, int]  # (response, token of the response)
-
-
-class Kept(NamedTuple):
-    """What became of one place, means over its alternatives: similarity of the rest; was the verdict another one?"""
-
-    jaccard: float
-    flipped: float
 
 
 def content_words(text: str) -> frozenset[str]:
@@ -117,73 +108,56 @@ def alternatives(model, input_ids: Tensor, mask: Tensor, places: list[Place], k:
 
 
 def perturb(
-    actor, tokenizer, task: str, problems: list, rollouts: list[Rollout], places: list[Place], others: list,
-    max_tokens: int, file: Path,
-) -> dict[Place, Kept]:  # fmt: skip
+    actor, rollouts: list[Rollout], places: list[Place], others: list, max_tokens: int, file: Path
+) -> dict[Place, float]:
     """Continue greedily from each place, with its own token and with each alternative.
 
-    The continuations are appended to the file, call by call; those that it has are not made again.
+    Returns the similarity of the continuations with an alternative to the one with its own token, mean over
+    alternatives. The continuations are appended to the file, call by call; those that it has are not made again.
     """
     starts = [(i, t, token) for (i, t), row in zip(places, others) for token in (rollouts[i].ids[t], *row)]
     prompts = [[*rollouts[i].prompt_ids, *rollouts[i].ids[:t], token] for i, t, token in starts]
-    done = len(read_lines(file))
     with file.open("a") as out:
-        for at in tqdm(range(done, len(prompts), CALL), desc="continuations"):
+        for at in tqdm(range(len(read_lines(file)), len(prompts), CALL), desc="continuations"):
             groups = actor.generate(prompts[at : at + CALL], 1, max_tokens, 0.0)
             out.write("".join(json.dumps(r[0].text) + "\n" for r in groups))
             out.flush()
-    rests = read_lines(file)
-    words = [content_words(rest) for rest in rests]
-    right = [
-        tasks.get(task).reward(problems[i], tokenizer.decode([*rollouts[i].ids[:t], token]) + rest)
-        for (i, t, token), rest in zip(starts, rests)
-    ]
+    words = [content_words(rest) for rest in read_lines(file)]
     kept, at = {}, 0
     for place, row in zip(places, others):
-        forced = range(at + 1, at + 1 + len(row))
-        kept[place] = Kept(
-            float(np.mean([jaccard(words[at], words[j]) for j in forced])),
-            float(np.mean([right[j] != right[at] for j in forced])),
-        )
+        kept[place] = float(np.mean([jaccard(words[at], words[at + 1 + j]) for j in range(len(row))]))
         at += 1 + len(row)
     return kept
 
 
-def compare(kept: dict[Place, Kept], high: list[Place], low: list[Place], paired: bool = False) -> dict:
+def compare(kept: dict[Place, float], high: list[Place], low: list[Place], paired: bool = False) -> dict:
     """One column of Table 1; a trial is a problem, the mean of its high places against the mean of its low ones.
 
     paired: low[j] is the control of high[j] and counts in the trial of high[j]'s problem, whatever its own.
     Each figure is [value, low, high] with a 95 % bootstrap interval over problems. In "less kept at high" a tie counts
     one half.
     """
-    owner = [i for i, _ in high]
-    sides = {"high": (owner, high), "low": (owner if paired else [i for i, _ in low], low)}
-    problems = sorted(set(sides["high"][0]) & set(sides["low"][0]))
+    owner_high = [i for i, _ in high]
+    owner_low = owner_high if paired else [i for i, _ in low]
+    problems = sorted(set(owner_high) & set(owner_low))
     if len(problems) < 2:
         return {"problems": len(problems)}
-    mean = {
-        (side, field): np.array(
-            [np.mean([getattr(kept[p], field) for o, p in zip(own, places) if o == i]) for i in problems]
-        )
-        for side, (own, places) in sides.items()
-        for field in Kept._fields
-    }
-    less, same = (f(mean["high", "jaccard"], mean["low", "jaccard"]) for f in (np.less, np.isclose))
+
+    def means(places: list[Place], owners: list[int]) -> np.ndarray:
+        return np.array([np.mean([kept[p] for p, o in zip(places, owners) if o == problem]) for problem in problems])
+
+    at_high, at_low = means(high, owner_high), means(low, owner_low)
     columns = {
-        "kept at high": mean["high", "jaccard"],
-        "kept at low": mean["low", "jaccard"],
-        "kept less at high by": mean["low", "jaccard"] - mean["high", "jaccard"],
-        "less kept at high, share of problems": np.where(same, 0.5, less),
-        "verdict flips at high": mean["high", "flipped"],
-        "verdict flips at low": mean["low", "flipped"],
+        "kept at high": at_high,
+        "kept at low": at_low,
+        "kept less at high by": at_low - at_high,
+        "less kept at high, share of problems": np.where(np.isclose(at_high, at_low), 0.5, at_high < at_low),
     }
     draws = Clusters(np.arange(len(problems)), 2000)
     return {"problems": len(problems)} | {name: [*draws.mean(x)[:3]] for name, x in columns.items()}
 
 
-def table(
-    actor, model, tokenizer, task, problems, rollouts, responses, input_ids, mask, max_tokens, file, count=3, k=3
-) -> dict:
+def table(actor, model, tokenizer, rollouts, responses, input_ids, mask, max_tokens, file, count=3, k=3) -> dict:
     """Table 1 in four columns: as the paper has it, matched, at separators, at other tokens; file as in perturb().
 
     responses: each rollout's series (linkage.responses_of); count places of each kind in a response, k alternatives.
@@ -200,7 +174,7 @@ def table(
     arms["matched"] = arms["as the paper"][0], matched(responses, arms["as the paper"][0])
     places = sorted({p for both in arms.values() for side in both for p in side})
     others = alternatives(model, input_ids, mask, places, k, tokenizer.all_special_ids)
-    kept = perturb(actor, tokenizer, task, problems, rollouts, places, others, max_tokens, file)
+    kept = perturb(actor, rollouts, places, others, max_tokens, file)
     out = {}
     for name in ("as the paper", "matched", "separators only", "other tokens only"):
         out[name] = compare(kept, *arms[name], paired=name == "matched")

@@ -18,7 +18,7 @@ from transformers.hf_argparser import HfArg
 from lab import alignment, decisive, experiment, truth
 from lab.arms import ABLATIONS, BASELINE, MAIN
 from lab.experiment import SHORT, area, last_quarter
-from lab.stats import Value, fit, fit_contrast, permuted_slope, power, smallest_seen
+from lab.stats import Estimate, Value, fit, fit_contrast, permuted_slope, power, smallest_seen
 from node.output import markdown, write_whole
 from node.settings import parse_args
 
@@ -143,22 +143,29 @@ def direction_of(record: dict, column: str) -> dict[str, float]:
     return {"uniform": 0.0, **found}
 
 
+def decisive_values() -> list[Value]:
+    """The area over the first ten steps in the decisive experiment's runs of equal minibatches."""
+    plans = {**decisive.ROUNDS["decisive"], **decisive.ROUNDS["places"]}
+    kept = [run for run in decisive.read_runs() if run["arm"] in plans and "minibatches" not in run["arm"]]
+    return [Value(run["arm"], run["seed"], run["area"]) for run in kept]
+
+
 def dose(record: dict) -> list[list[str]]:
-    """Do the runs do what the directions say? The slope of the area to step 10 on the direction, over 14 arms."""
-    rows = [["direction, % better than uniform", "points of area per %", "p"]]
-    for column in ("one minibatch", "AdamW"):
-        x = {arm: v for arm, v in direction_of(record, column).items() if arm in (*MAIN, *ABLATIONS)}
-        e = permuted_slope(dose_values(pool=False), x)
-        rows.append([column, e.text("+.3f"), f"{e.p:.4f}"])
+    """Do the runs do what the directions say? The slope of the area to step 10 on the direction, over arms."""
+    rows = [["runs", "arms", "direction, % better than uniform", "points of area per %", "p"]]
+    for name, runs in (("first ones (found afterwards)", dose_values(pool=False)), ("decisive", decisive_values())):
+        for column in ("one minibatch", "AdamW"):
+            x = {arm: gain for arm, gain in direction_of(record, column).items() if arm in {run.arm for run in runs}}
+            if len(x) > 4:
+                e = permuted_slope(runs, x)
+                rows.append([f"{len(runs)} {name}", str(len(x)), column, e.text("+.3f"), f"{e.p:.4f}"])
     return rows
 
 
 def directions() -> dict[str, list[list[str]]]:
     """The relation to the runs, and each record's tables."""
     records = records_of_directions()
-    tables = {
-        "Do the runs follow the directions? 14 arms, 56 runs, first ten steps (found afterwards)": dose(records["tiny"])
-    }
+    tables = {"Do the runs follow the directions? The first ten steps": dose(records["tiny"])}
     for name, record in records.items():
         tables[f"Directions, {name}: % better than uniform"] = alignment.table(record)
         if "tokens" in record:
@@ -180,29 +187,39 @@ def token_values() -> dict[str, list[list[str]]]:
 # ---- Figures ----
 
 
+def answer_rows() -> list[tuple[str, Estimate]]:
+    """What the answer's figure shows, by what it says: differences to plain GRPO, in points."""
+    rows = []
+    for (one, other), (area_gain, _) in decisive.contrasts(decisive.read_runs()).items():
+        if area_gain and other.startswith("uniform"):
+            rows.append((one.replace("uniform, m", "plain GRPO, m"), area_gain))
+    rows += [(f"{arm}, 105 older runs", fit_contrast(values(POOLED, "area"), arm, "baseline")) for arm in CREDITS]
+    return rows
+
+
 def answer_figure(path: Path) -> None:
-    """Left: the pooled differences to the baseline, with the paper's. Right: direction against gain, arm by arm."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
-    for y, arm in enumerate(("coupled", "global", "local", "random")):
-        for shift, measure, color in ((-0.12, "area", "tab:red"), (0.12, "last quarter", "tab:blue")):
-            e = fit_contrast(values(POOLED, measure), arm, "baseline")
-            left.errorbar(e.value, y + shift, xerr=[[e.value - e.low], [e.high - e.value]], fmt="o", capsize=3,
-                          color=color, label=measure if y == 0 else None)  # fmt: skip
-        left.plot(float(PAPER[arm]), y, "k|", ms=16, mew=2, label="the paper" if y == 0 else None)
+    """Left: differences to plain GRPO, with the paper's. Right: direction against gain, arm by arm."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(13, 4.4))
+    rows = answer_rows()
+    for y, (name, e) in enumerate(rows):
+        color = "tab:gray" if "older" in name else "tab:red"
+        left.errorbar(e.value, y, xerr=[[e.value - e.low], [e.high - e.value]], fmt="o", capsize=3, color=color)
+    left.plot(float(PAPER["coupled"]), len(rows), "k|", ms=16, mew=2)
     left.axvline(0, color="black", lw=0.8)
-    left.set_yticks(range(4), ("coupled", "global", "local", "random"))
+    left.set_yticks(range(len(rows) + 1), [*(name for name, _ in rows), "the paper's coupled, end of training"])
     left.invert_yaxis()
-    left.set(xlabel="points of success more than plain GRPO, 95 %", title="105 runs of the tiny model")
-    left.legend()
-    x, found = direction_of(records_of_directions()["tiny"], "one minibatch"), dose_values(pool=False)
-    for arm in (a for a in (*MAIN, *ABLATIONS) if a != "uniform"):
-        e = fit_contrast(found, arm, "uniform")
-        right.errorbar(x[arm], e.value, yerr=[[e.value - e.low], [e.high - e.value]], fmt="o", color="tab:gray", lw=0.7)
-        right.annotate(arm.replace("coupled, ", ""), (x[arm], e.value), fontsize=8, xytext=(4, 3),
-                       textcoords="offset points")  # fmt: skip
+    left.set(xlabel="points of area more than plain GRPO, 95 %", title="The tiny model: is credit ahead?")
+    x = direction_of(records_of_directions()["tiny"], "one minibatch")
+    for runs, color in ((dose_values(pool=False), "tab:gray"), (decisive_values(), "tab:red")):
+        for arm in sorted({run.arm for run in runs if run.arm in x} - {"uniform"}):
+            e = fit_contrast(runs, arm, "uniform")
+            right.errorbar(x[arm], e.value, yerr=[[e.value - e.low], [e.high - e.value]], fmt="o", color=color, lw=0.7)
+            right.annotate(arm.replace("coupled, ", ""), (x[arm], e.value), fontsize=8, xytext=(4, 3),
+                           textcoords="offset points", color=color)  # fmt: skip
     right.axhline(0, color="black", lw=0.8)
+    right.margins(x=0.15)
     right.set(xlabel="a minibatch's gradient points better than uniform's by, %", ylabel="area to step 10 − uniform's",
-              title="14 arms, 56 runs: does pointing better pay?")  # fmt: skip
+              title="Does pointing better pay? Red: the decisive runs")  # fmt: skip
     fig.tight_layout()
     fig.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(fig)

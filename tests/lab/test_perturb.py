@@ -1,7 +1,5 @@
 """The perturbation experiment: alternatives, controls and comparisons, each against what they should be."""
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ import tasks
 from heads import middle_layers
 from lab import linkage, perturb
 from node import settings
-from tasks import countdown
 
 
 @pytest.fixture(scope="module")
@@ -38,25 +35,19 @@ def test_alternatives_are_the_likeliest_other_tokens(sampled):
         assert row == order[:3]
 
 
-def test_the_same_token_changes_nothing_and_a_wrong_one_flips_the_verdict(sampled, tmp_path):
-    _, tokenizer, actor, problems, rollouts, _, _, _ = sampled
+def test_the_same_token_changes_nothing_and_another_changes_the_rest(sampled, tmp_path):
+    *_, actor, _, rollouts, _, _, _ = sampled
     places = [(i, t) for i in range(6) for t in (2, 9)]
-    same = perturb.perturb(
-        actor, tokenizer, "countdown-tiny", problems, rollouts, places,
-        [[rollouts[i].ids[t]] * 2 for i, t in places], 96, tmp_path / "same",
-    )  # fmt: skip
-    assert all(kept == (1.0, 0.0) for kept in same.values()) and list(same) == places
+    own = [[rollouts[i].ids[t]] * 2 for i, t in places]
+    same = perturb.perturb(actor, rollouts, places, own, 96, tmp_path / "same")
+    assert set(same.values()) == {1.0} and list(same) == places
+    lines = (tmp_path / "same").read_text()
+    assert perturb.perturb(None, rollouts, places, own, 96, tmp_path / "same") == same, "nothing is made again"
+    assert (tmp_path / "same").read_text() == lines
 
-    problem = problems[0]  # a response that is just about to close a right answer: ")" instead spoils it
-    expressions = (countdown.random_expression(problem.answer[0], random.Random(seed))[2] for seed in range(999))
-    solution = next(e for e in expressions if tasks.get("countdown-tiny").reward(problem, f"<answer>{e}</answer>"))
-    ids = tokenizer(f"1+1=2n</think><answer>{solution}</answer>").input_ids
-    right = rollout.Rollout(tokenizer(problem.prompt).input_ids, ids, [0.0] * len(ids), "", False)
-    close = tokenizer(")").input_ids
-    kept = perturb.perturb(
-        actor, tokenizer, "countdown-tiny", [problem], [right], [(0, len(ids) - 1)], [close], 16, tmp_path / "one"
-    )
-    assert kept[0, len(ids) - 1].flipped == 1.0
+    other = [[own_token + 1 if own_token < 20 else own_token - 1] for own_token, _ in own]
+    changed = perturb.perturb(actor, rollouts, places, other, 96, tmp_path / "other")
+    assert all(0 <= kept <= 1 for kept in changed.values()) and min(changed.values()) < 1
 
 
 def test_controls_are_close_in_position_and_entropy():
@@ -89,16 +80,15 @@ def test_extremes_are_disjoint_and_within_their_kind():
 
 def test_comparison_counts_problems():
     kept = {
-        (0, 1): perturb.Kept(0.2, 1.0), (0, 2): perturb.Kept(0.4, 0.0), (0, 7): perturb.Kept(0.5, 0.0),
-        (1, 3): perturb.Kept(0.9, 0.0), (1, 8): perturb.Kept(0.1, 1.0),
-        (2, 3): perturb.Kept(0.6, 0.0), (2, 5): perturb.Kept(0.6, 0.0),
+        (0, 1): 0.2, (0, 2): 0.4, (0, 7): 0.5,
+        (1, 3): 0.9, (1, 8): 0.1,
+        (2, 3): 0.6, (2, 5): 0.6,
     }  # fmt: skip
     got = perturb.compare(kept, [(0, 1), (0, 2), (1, 3), (2, 3)], [(0, 7), (1, 8), (2, 5)])
     assert got["problems"] == 3
     assert got["kept at high"][0] == pytest.approx((0.3 + 0.9 + 0.6) / 3)
     assert got["kept at low"][0] == pytest.approx((0.5 + 0.1 + 0.6) / 3)
     assert got["less kept at high, share of problems"][0] == pytest.approx(0.5)  # one, and half for the tie
-    assert got["verdict flips at high"][0] == pytest.approx(0.5 / 3)
     paired = perturb.compare(kept, [(0, 1), (1, 3)], [(1, 8), (0, 7)], paired=True)
     assert paired["kept less at high by"][0] == pytest.approx(((0.1 - 0.2) + (0.5 - 0.9)) / 2)
     assert perturb.compare(kept, [(0, 1)], [(1, 3)]) == {"problems": 0}
