@@ -63,7 +63,7 @@ def answer() -> dict[str, list[list[str]]]:
             cells = [fit_contrast(values(settings, m), arm, "baseline").text() for m in MEASURES]
             rows.append([f"{arm}, {' + '.join(settings)}", *cells])
     early = [["arm − baseline, small minibatches, first ten steps", "area", "p"]]
-    found = early_values()
+    found = values(("small",), "area", last=SHORT)
     together = [v._replace(arm="credit") if v.arm in ("local", "global", "coupled") else v for v in found]
     for arm, runs in (("local, global and coupled as one arm", together), *((a, found) for a in CREDITS)):
         e = fit_contrast(runs, "credit" if runs is together else arm, "baseline")
@@ -78,17 +78,15 @@ def answer() -> dict[str, list[list[str]]]:
 CREDITS = ("local", "global", "coupled")
 
 
-def early_values() -> list[Value]:
-    """The area over the first ten steps of the small setting, 35 runs."""
-    return values(("small",), "area", last=SHORT)
-
-
 def seeing() -> list[list[str]]:
     """By setting: the noise of a difference of two runs, and the difference that is seen in 80 of 100 cases."""
     rows = [["setting", "seeds", "measure", "sd of a paired difference", "power at 3 points", "seen with 80 %"]]
-    for name, settings, seeds in (*((s, (s,), 5) for s in POOLED), ("words", ("words", "words-anew"), 3)):
-        for measure in MEASURES:
-            sd = fit(values(settings, measure, pool=False)).sd * 2**0.5  # seeds taken out: of a paired difference
+    found = {s: (5, {m: values((s,), m, pool=False) for m in MEASURES}) for s in POOLED}
+    found["words"] = 3, {m: values(("words", "words-anew"), m, pool=False) for m in MEASURES}
+    found["decisive"] = 100, {"area": decisive_values()}
+    for name, (seeds, by_measure) in found.items():
+        for measure, runs_of in by_measure.items():
+            sd = fit(runs_of).sd * 2**0.5  # seeds taken out: of a paired difference
             rows.append([name, str(seeds), measure, f"{sd:.1f}", f"{power(3, sd, seeds):.2f}",
                          f"{smallest_seen(sd, seeds):.1f}"])  # fmt: skip
     return rows
