@@ -1,4 +1,1 @@
-"""The laboratory: is the paper right, what does it cost, how was the tiny model made? Results: README.md.
-
-Run as modules: python -m lab.analyze. Imports everything else; nothing else imports it.
-"""
+"""The laboratory: is the paper right? README.md has the answer. Nothing outside imports it; python -m lab.analyze."""

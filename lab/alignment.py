@@ -54,8 +54,9 @@ import credit
 import tasks
 from grpo import check_logits, group_advantages, micro_batches, shape_advantages, token_logprobs
 from lab import arms, truth
-from lab.signals import signals_of
+from lab.signals import signals_of, split_of
 from lab.stats import Estimate, jackknife, mean_of_pairs, means_without
+from metrics import Signals
 from node import precision
 from node.output import markdown, visible, write_whole
 from node.settings import TINY, fill_defaults, load_model, parse_args
@@ -64,6 +65,7 @@ from rollout import pad_batch, start_actor
 ORACLES = {"oracle": 0.4, "oracle, q 0.1": 0.1}  # and the share of tokens that each credits
 SLICE = 2**22  # weights that are looked at together
 LARGE = 10**7  # weights of a model whose gradients are kept in bfloat16: 20 of 135 million take 5 GiB
+STEP = 64  # responses of a step of training, among which the head split is measured
 WARM = 10  # updates that only warm AdamW's state; as many make a block of the jackknife, for momentum links them
 SHOWN = 10  # tokens shown by themselves
 COLUMNS = ("one minibatch", "all minibatches", "AdamW", "signal", "noise")
@@ -74,12 +76,9 @@ class Args:
     """Compare the arms' gradients with that of expected success."""
 
     model: str = HfArg(default=TINY, help="Folder or hub name of a transformers checkpoint.")
-    task: str | None = HfArg(
-        default=None, help=f"One of: {', '.join(tasks.TASKS)} (default: countdown-tiny or countdown-words)."
-    )
+    task: str | None = HfArg(default=None, help="Its name (default: countdown-tiny or countdown-words).")
     arms: list[str] = HfArg(
-        default_factory=lambda: [*arms.MAIN, *arms.ABLATIONS, *arms.LOUD],
-        help=f"Some of: {'; '.join(arms.ARMS)}; uniform is added.",
+        default_factory=lambda: [*arms.MAIN, *arms.ABLATIONS, *arms.LOUD], help=f"Some of: {'; '.join(arms.ARMS)}."
     )
     truth: str | None = HfArg(default=None, help="Folder of lab.truth: the arms' responses, and three arms more.")
     problems: int = HfArg(default=256, help="Training problems for grad J.")
@@ -215,6 +214,22 @@ def compare(arm: dict, uniform: dict) -> dict[str, Estimate | None]:
     return found
 
 
+def at_gamma(arm: dict, uniform: dict, amp: float) -> dict:
+    """The record of an arm at another gamma_amp, but for AdamW.
+
+    Its gradient is uniform's + (gamma_amp - 1) * C, so all inner products follow from those at one gamma_amp.
+    """
+    b = (amp - 1) / (arm["gamma_amp"] - 1)
+    a = 1 - b  # the new gradient is a * uniform's + b * the arm's
+    new = {"gamma_amp": amp, "along": a * np.array(uniform["along"]) + b * np.array(arm["along"]), "adamw": []}
+    new["with uniform"] = {}
+    for key in ("diagonal", "sums"):
+        of_uniform, of_arm, mixed = (np.array(x[key]) for x in (uniform, arm, arm["with uniform"]))
+        new[key] = a**2 * of_uniform + b**2 * of_arm + 2 * a * b * mixed
+        new["with uniform"][key] = a * of_uniform + b * mixed
+    return new
+
+
 def table(record: dict) -> list[list[str]]:
     """A line an arm; for uniform its two cosines with grad J."""
     uniform = record["arms"]["uniform"]
@@ -310,8 +325,15 @@ def main(args: Args) -> None:
     minibatches = torch.arange(len(mask), device=device).split(rows)
 
     @cache
-    def seen(all_heads: bool):
-        return signals_of(model, input_ids, mask, all_heads=all_heads)
+    def seen(all_heads: bool) -> Signals:
+        # Each minibatch has a head split of its own, measured in its step of STEP responses. In training every run and
+        # every tenth step has another, and which heads are in it moves the directions.
+        parts = []
+        for i, own in enumerate(minibatches):
+            step = torch.arange(i * rows // STEP * STEP, len(mask), device=device)[:STEP]
+            heads = split_of(model, input_ids[step], mask[step], seed=i, all_heads=all_heads)
+            parts.append(signals_of(model, input_ids[own], mask[own], heads))
+        return Signals(*(torch.cat([part[k] for part in parts]) for k in range(4)), heads)
 
     def gradients_of(gamma: Tensor, sign: str = "both") -> Tensor:
         return gradients(model, input_ids, mask, shape_advantages(advantages, gamma, sign) * per_token, minibatches)

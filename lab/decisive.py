@@ -50,19 +50,17 @@ ROUNDS = {
         LOUD: Plan(60, ARMS[LOUD]),
         "uniform, minibatches of 32": Plan(20, Arm({"credit": "uniform", "minibatches": 2})),
     },
-    "lasting": {
-        "uniform, 20 steps": Plan(40, ARMS["uniform"], **LATE),
-        f"{LOUD}, 20 steps": Plan(40, ARMS[LOUD], **LATE),
-    },
-    "places": {name: Plan(40, ARMS[name]) for name in (*PLACES, *READINGS)},
+    "places": {name: Plan(40, ARMS[name]) for name in PLACES},
+    "lasting": {f"{name}, 20 steps": Plan(40, ARMS[name], **LATE) for name in ("uniform", LOUD)},
+    "readings": {name: Plan(40, ARMS[name]) for name in READINGS},
 }
 PLANS = {name: plan for plans in ROUNDS.values() for name, plan in plans.items()}
 CONTRASTS = {  # one arm less another
     "decisive": [(name, "uniform") for name in ROUNDS["decisive"] if name != "uniform"],
+    "places": [*((name, "uniform") for name in PLACES), *((LOUD, name) for name in PLACES)],
     "lasting": [(f"{LOUD}, 20 steps", "uniform, 20 steps")],
-    "places": [*((name, "uniform") for name in PLACES), *((LOUD, name) for name in PLACES),
-               *((name, "coupled") for name in READINGS)],
-}  # fmt: skip
+    "readings": [(name, "coupled") for name in READINGS],
+}
 SETTING = train.Args(
     task="countdown-tiny", prompts=8, group=8, minibatches=4, lr=2e-4, max_tokens=128, max_model_len=512,
     micro_tokens=1024, eval_samples=2,
@@ -140,11 +138,6 @@ def read_records() -> list[dict]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def done() -> set[tuple[str, int]]:
-    """The (arm, seed) that the records hold."""
-    return {(r["arm"], r["seed"]) for r in read_records()}
-
-
 def append(file: Path, record: dict) -> None:
     """One line in one write, so that two workers never mix theirs."""
     with open(file, "ab", buffering=0) as f:
@@ -195,8 +188,8 @@ def contrasts(runs: list[dict]) -> dict[tuple[str, str], list[Estimate | None]]:
     """(one arm, another): their difference in the area and in success at the last step."""
     found = {}
     for name, pairs in CONTRASTS.items():
-        # The arms of "places" have the seeds and steps of the first round, so they stand in one model with its arms.
-        arms = [*ROUNDS[name], *(ROUNDS["decisive"] if name == "places" else ())]
+        # All rounds but "lasting" have the seeds and steps of the first, so they stand in one model with its arms.
+        arms = [*ROUNDS[name], *(ROUNDS["decisive"] if name != "lasting" else ())]
         of_round = [run for run in runs if run["arm"] in arms]
         for pair in pairs:
             found[pair] = [contrast(of_round, *pair, measure) for measure in ("area", "last step")]
@@ -245,11 +238,12 @@ def main(args: Args) -> None:
         set_seed(0)
         _, held_out = evaluate(actor, SETTING.task, test_set, 8, SETTING.max_tokens)
         start.write_text(json.dumps({"success": round(held_out.mean().item(), 6), "samples": 8}) + "\n")
-    todo = [job for i, job in enumerate(jobs()) if i % workers == number and job not in done()]
+    done = {(run["arm"], run["seed"]) for run in read_records()}
+    todo = [job for i, job in enumerate(jobs()) if i % workers == number and job not in done]
     for arm, seed in tqdm(todo, desc=f"worker {number}"):
         result = train_run(model, actor, weights, PLANS[arm], seed, test_set)
         append(record_file(arm), {"arm": arm, "seed": seed, **result})
-    print(f"{len(done())} of {len(jobs())} runs are in {FOLDER}; their tables: python -m lab.report --only decisive")
+    print(f"{len(read_records())} of {len(jobs())} runs are there; their tables: python -m lab.report --only decisive")
 
 
 if __name__ == "__main__":

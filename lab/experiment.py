@@ -51,8 +51,6 @@ class Args:
     """Make the runs of a setting that are not there yet, arms x seeds."""
 
     setting: Literal[*SETTINGS] = HfArg(default="countdown", help="What all arms share.")
-    arms: list[str] | None = HfArg(default=None, help="Some of the setting's arms (default: all).")
-    seeds: list[int] | None = HfArg(default=None, help="A run of every arm for each (default: the protocol's).")
     folder: str = HfArg(default="lab/records", help="Where the records are.")
 
 
@@ -112,12 +110,8 @@ def last_quarter(curve: np.ndarray) -> float:
 
 
 def main(args: Args) -> None:
-    _, known, seeds = SETTINGS[args.setting]
-    arms = list(known) if args.arms is None else args.arms
-    if unknown := set(arms) - set(known):
-        sys.exit(f"error: --arms {', '.join(sorted(unknown))}: choose from {'; '.join(known)}")
-    todo = [(s, a) for s in args.seeds or range(seeds) for a in arms]
-    todo = [(s, a) for s, a in todo if not record_of(args.folder, args.setting, a, s).exists()]
+    _, arms, seeds = SETTINGS[args.setting]
+    todo = [(s, a) for s in range(seeds) for a in arms if not record_of(args.folder, args.setting, a, s).exists()]
     for number, (seed, arm) in enumerate(todo, 1):
         if not record_of(args.folder, args.setting, arm, seed).exists():  # another process may have made it meanwhile
             print(f"run {number} of {len(todo)}: {arm}, seed {seed}", flush=True)

@@ -1,6 +1,6 @@
 """Every table of the laboratory's texts, from the committed records; nothing is run.
 
-    python -m lab.report                   all tables (half a minute); writes lab/records/report.md and two figures
+    python -m lab.report                   all tables (half a minute); writes lab/records/report.md and a figure
     python -m lab.report --only answer     some of: decisive, answer, runs, directions, values
 
 A table that a long measurement has written as Markdown is itself the record: lab/records/**/*.md.
@@ -16,7 +16,7 @@ import numpy as np
 from transformers.hf_argparser import HfArg
 
 from lab import alignment, decisive, experiment, truth
-from lab.arms import ABLATIONS, BASELINE, MAIN
+from lab.arms import ABLATIONS, BASELINE
 from lab.experiment import SHORT, area, last_quarter
 from lab.stats import Estimate, Value, fit, fit_contrast, permuted_slope, power, smallest_seen
 from node.output import markdown, write_whole
@@ -134,29 +134,34 @@ def records_of_directions() -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in sorted((RECORDS / "directions").glob("*.json"))}
 
 
-def direction_of(record: dict, column: str) -> dict[str, float]:
-    """By arm, how much better than uniform its gradients point, in per cent; uniform 0."""
-    base = record["arms"]["uniform"]
-    found = {arm: alignment.compare(x, base)[column].value for arm, x in record["arms"].items() if arm != "uniform"}
-    return {"uniform": 0.0, **found}
+def direction_of(record: dict, column: str, amp: float | None = None) -> dict[str, float]:
+    """By arm, how much better than uniform its gradients point, in per cent; uniform 0. amp: at another gamma_amp."""
+    base, found = record["arms"]["uniform"], {"uniform": 0.0}
+    for name, arm in record["arms"].items():
+        if name != "uniform":
+            found[name] = alignment.compare(alignment.at_gamma(arm, base, amp) if amp else arm, base)[column].value
+    return found
 
 
 def decisive_values() -> list[Value]:
     """The area over the first ten steps in the decisive experiment's runs of equal minibatches."""
-    plans = {**decisive.ROUNDS["decisive"], **decisive.ROUNDS["places"]}
-    kept = [run for run in decisive.read_runs() if run["arm"] in plans and "minibatches" not in run["arm"]]
+    kept = [run for run in decisive.read_runs() if not run["arm"].endswith(("minibatches of 32", "20 steps"))]
     return [Value(run["arm"], run["seed"], run["area"]) for run in kept]
 
 
 def dose(record: dict) -> list[list[str]]:
     """Do the runs do what the directions say? The slope of the area to step 10 on the direction, over arms."""
     rows = [["runs", "arms", "direction, % better than uniform", "points of area per %", "p"]]
-    for name, runs in (("first ones (found afterwards)", dose_values(pool=False)), ("decisive", decisive_values())):
-        for column in ("one minibatch", "AdamW"):
-            x = {arm: gain for arm, gain in direction_of(record, column).items() if arm in {run.arm for run in runs}}
-            if len(x) > 4:
-                e = permuted_slope(runs, x)
-                rows.append([f"{len(runs)} {name}", str(len(x)), column, e.text("+.3f"), f"{e.p:.4f}"])
+    old, new = dose_values(pool=False), decisive_values()
+    for name, runs, column, amp in (
+        ("first ones, gamma 4 (found afterwards)", old, "one minibatch", 4.0),
+        ("decisive", new, "one minibatch", None),
+        ("decisive", new, "AdamW", None),
+    ):
+        x = {arm: gain for arm, gain in direction_of(record, column, amp).items() if arm in {run.arm for run in runs}}
+        if len(x) > 4:
+            e = permuted_slope(runs, x)
+            rows.append([f"{len(runs)} {name}", str(len(x)), column, e.text("+.3f"), f"{e.p:.4f}"])
     return rows
 
 
@@ -196,44 +201,28 @@ def answer_rows() -> list[tuple[str, Estimate]]:
 
 
 def answer_figure(path: Path) -> None:
-    """Left: differences to plain GRPO, with the paper's. Right: direction against gain, arm by arm."""
+    """Left: differences to plain GRPO. Right: direction against gain, arm by arm."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(13, 4.4))
     rows = answer_rows()
     for y, (name, e) in enumerate(rows):
         color = "tab:gray" if "older" in name else "tab:red"
         left.errorbar(e.value, y, xerr=[[e.value - e.low], [e.high - e.value]], fmt="o", capsize=3, color=color)
-    left.plot(float(PAPER["coupled"]), len(rows), "k|", ms=16, mew=2)
     left.axvline(0, color="black", lw=0.8)
-    left.set_yticks(range(len(rows) + 1), [*(name for name, _ in rows), "the paper's coupled, end of training"])
+    left.set_yticks(range(len(rows)), [name for name, _ in rows])
     left.invert_yaxis()
     left.set(xlabel="points of area more than plain GRPO, 95 %", title="The tiny model: is credit ahead?")
-    x = direction_of(records_of_directions()["tiny"], "one minibatch")
-    for runs, color in ((dose_values(pool=False), "tab:gray"), (decisive_values(), "tab:red")):
+    record = records_of_directions()["tiny"]
+    for runs, amp, color in ((dose_values(pool=False), 4.0, "tab:gray"), (decisive_values(), None, "tab:red")):
+        x = direction_of(record, "one minibatch", amp)
         for arm in sorted({run.arm for run in runs if run.arm in x} - {"uniform"}):
             e = fit_contrast(runs, arm, "uniform")
             right.errorbar(x[arm], e.value, yerr=[[e.value - e.low], [e.high - e.value]], fmt="o", color=color, lw=0.7)
-            right.annotate(arm.replace("coupled, ", ""), (x[arm], e.value), fontsize=8, xytext=(4, 3),
+            right.annotate(arm.replace("coupled, ", ""), (x[arm], e.value), fontsize=7, xytext=(4, 3),
                            textcoords="offset points", color=color)  # fmt: skip
     right.axhline(0, color="black", lw=0.8)
     right.margins(x=0.15)
     right.set(xlabel="a minibatch's gradient points better than uniform's by, %", ylabel="area to step 10 − uniform's",
               title="Does pointing better pay? Red: the decisive runs")  # fmt: skip
-    fig.tight_layout()
-    fig.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(fig)
-
-
-def curves_figure(path: Path) -> None:
-    """Learning curves of the settings of all seven arms: mean over seeds."""
-    fig, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True)
-    for ax, setting in zip(axes, POOLED):
-        for arm in MAIN:
-            curves = np.array([run.success for run in experiment.read(setting) if run.arm == arm])  # [seeds,times,2]
-            width = 2.2 if arm in ("uniform", "coupled") else 1
-            ax.plot(curves[0, :, 0], 100 * curves[:, :, 1].mean(0), lw=width, label=arm)
-        ax.set(title=setting, xlabel="step")
-    axes[0].set_ylabel("held-out success, %, mean of five seeds")
-    axes[0].legend(fontsize=8)
     fig.tight_layout()
     fig.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(fig)
@@ -260,8 +249,7 @@ def main(args: Args) -> None:
         write_whole(Path(args.out), text)
         FIGURES.mkdir(exist_ok=True)
         answer_figure(FIGURES / "answer.png")
-        curves_figure(FIGURES / "runs.png")
-        print(f"{args.out}, {FIGURES}/answer.png, {FIGURES}/runs.png")
+        print(f"{args.out}, {FIGURES}/answer.png")
 
 
 if __name__ == "__main__":

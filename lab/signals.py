@@ -13,13 +13,23 @@ from node import precision
 CHOICE = 0.1  # nats: tokens of higher entropy are choices; where the model is surer, gamma multiplies next to nothing
 
 
-def signals_of(model, input_ids: Tensor, mask: Tensor, **how) -> Signals:
-    """WAAD, FAI, entropy and log-probs of response tokens, [B,N] each; `how` are arguments of train.py."""
-    args, rows = train.Args(**how), torch.arange(len(mask), device=mask.device)
+def split_of(model, input_ids: Tensor, mask: Tensor, seed: int = 0, **how) -> Heads:
+    """The split into local and global heads, measured on SPAN_ROWS random ones of these responses, as in training."""
+    some = torch.randperm(len(mask), generator=torch.Generator().manual_seed(seed))[: train.SPAN_ROWS].to(mask.device)
     with precision.autocast_for(model):
-        some = rows[: train.SPAN_ROWS]
-        heads = train.split_into_local_and_global(args, model, input_ids[some], mask[some])
-        return train.score(args, model, input_ids, mask, rows, heads)
+        return train.split_into_local_and_global(train.Args(**how), model, input_ids[some], mask[some])
+
+
+def signals_of(model, input_ids: Tensor, mask: Tensor, heads: Heads | None = None, **how) -> Signals:
+    """WAAD, FAI, entropy and log-probs of response tokens, [B,N] each; `how` are arguments of train.py.
+
+    heads: default is the split by the first SPAN_ROWS responses.
+    """
+    if heads is None:
+        heads = split_of(model, input_ids[: train.SPAN_ROWS], mask[: train.SPAN_ROWS], **how)
+    with precision.autocast_for(model):
+        rows = torch.arange(len(mask), device=mask.device)
+        return train.score(train.Args(**how), model, input_ids, mask, rows, heads)
 
 
 def without_first(signals: Signals, model, input_ids: Tensor, mask: Tensor) -> Signals:

@@ -41,8 +41,3 @@ def test_a_run_is_read_as_it_was_written(tmp_path):
     (early,) = experiment.read("countdown", str(tmp_path), last=2)
     assert early.reward.tolist() == [[1, 0.3]] and len(early.success) == 1
     assert np.isclose(experiment.area(np.array([(0, 0.2), (10, 0.4)])), 30)
-
-
-def test_bad_arguments_are_one_line():
-    with pytest.raises(SystemExit, match="--arms anchor: choose from uniform"):
-        experiment.main(experiment.Args(arms=["anchor"]))
