@@ -235,6 +235,7 @@ def sample_dynamic(args: Args, sampler, problems: list[tasks.Problem], clock: Cl
 def split_into_local_and_global(args: Args, model, input_ids: Tensor, mask: Tensor) -> Heads:
     """The head split of these rows. Spans are averages, so a sample of the batch is enough.
 
+    Heads at the border of a group may still change sides from one sample to the next (lab/results/directions.md).
     All ranks measure the same rows, so all get the same split.
     """
     heads = measure_heads(
