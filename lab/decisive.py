@@ -65,7 +65,7 @@ SETTING = train.Args(
     task="countdown-tiny", prompts=8, group=8, minibatches=4, lr=2e-4, max_tokens=128, max_model_len=512,
     micro_tokens=1024, eval_samples=2,
 )  # fmt: skip
-HEADS_EVERY = 10  # steps between measurements of the split into local and global heads
+MEASURES = ("area", "half", "end")
 FOLDER = Path("lab/records/decisive")
 
 
@@ -98,7 +98,7 @@ def train_run(model, actor, weights: dict, plan: Plan, seed: int, test_set: list
         scored = mask & (advantages != 0)[:, None]
         rows = order[advantages[order] != 0]
         if len(rows):
-            if (heads is None or step % HEADS_EVERY == 0) and (plan.arm.own or args.credit in NEED_ATTENTION):
+            if (heads is None or step % args.heads_every == 0) and (plan.arm.own or args.credit in NEED_ATTENTION):
                 some = order[: train.SPAN_ROWS]
                 heads = train.split_into_local_and_global(args, model, input_ids[some], mask[some])
             signals = train.score(args, model, input_ids, mask, rows, heads)
@@ -148,12 +148,13 @@ def append(file: Path, record: dict) -> None:
 
 
 def read_runs() -> list[dict]:
-    """The recorded runs, with the measures of the protocol in points: area, and success at the last step."""
+    """The recorded runs, with MEASURES in points: area, success at half of the steps and at their end."""
     start, runs = json.loads((FOLDER / "start.json").read_text())["success"], read_records()
     for run in runs:
         at = PLANS[run["arm"]].evaluate_at
         curve = [(0, start), *((step, run["success"][str(step)]) for step in at)]
-        run["area"], run["last step"] = area(np.array(curve)), 100 * run["success"][str(at[-1])]
+        run["area"] = area(np.array(curve))
+        run["half"], run["end"] = (100 * run["success"][str(step)] for step in at)
     return runs
 
 
@@ -185,14 +186,14 @@ def say_whether_it_lasts(late: Estimate, early: Estimate) -> str:
 
 
 def contrasts(runs: list[dict]) -> dict[tuple[str, str], list[Estimate | None]]:
-    """(one arm, another): their difference in the area and in success at the last step."""
+    """(one arm, another): their differences in each of MEASURES."""
     found = {}
     for name, pairs in CONTRASTS.items():
         # All rounds but "lasting" have the seeds and steps of the first, so they stand in one model with its arms.
         arms = [*ROUNDS[name], *(ROUNDS["decisive"] if name != "lasting" else ())]
         of_round = [run for run in runs if run["arm"] in arms]
         for pair in pairs:
-            found[pair] = [contrast(of_round, *pair, measure) for measure in ("area", "last step")]
+            found[pair] = [contrast(of_round, *pair, measure) for measure in MEASURES]
     return found
 
 
@@ -201,14 +202,14 @@ def report() -> str:
     runs, tables = read_runs(), []
     found, counts = contrasts(runs), {arm: sum(run["arm"] == arm for run in runs) for arm in PLANS}
     for name, plans in ROUNDS.items():
-        rows = [["one arm − another, points", "area", "success at the last step"]]
+        rows = [["one arm − another, points", "area", "success at half of the steps", "at their end"]]
         for one, other in CONTRASTS[name]:
             rows.append([f"{one} − {other}", *(e.text("+.2f") if e else "too few runs" for e in found[one, other])])
         there = "; ".join(f"{arm}: {counts[arm]} of {plan.runs}" for arm, plan in plans.items())
         tables.append(f"### Round: {name}\n\nRuns: {there}.\n\n{markdown(rows)}")
 
     primary, control = (found[arm, "uniform"][0] for arm in ("coupled", "uniform, minibatches of 32"))
-    late, early = found[CONTRASTS["lasting"][0]][1], found[LOUD, "uniform"][1]
+    late, early = found[CONTRASTS["lasting"][0]][-1], found[LOUD, "uniform"][-1]
     outcomes = {
         "decisive": say_outcome(primary, control) if primary and control else "Too few runs to say anything.",
         "lasting": say_whether_it_lasts(late, early) if late and early else "Too few runs to say anything.",

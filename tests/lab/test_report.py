@@ -62,7 +62,7 @@ def planted_runs(more: dict[str, float]) -> list[dict]:
     for arm, gain in more.items():
         for seed in range(20):
             area = 40 + gain + 0.3 * rng.normal()
-            runs.append({"arm": arm, "seed": seed, "area": area, "last step": 2 * area})
+            runs.append({"arm": arm, "seed": seed, "area": area, "half": area, "end": 2 * area})
     return runs
 
 
