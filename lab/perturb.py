@@ -35,7 +35,6 @@ STOP_WORDS = frozenset(
 )
 
 CALL = 512  # continuations that go to the sampler at once
-
 Place = tuple[int, int]  # (response, token of the response)
 
 
@@ -117,8 +116,9 @@ def perturb(
     """
     starts = [(i, t, token) for (i, t), row in zip(places, others) for token in (rollouts[i].ids[t], *row)]
     prompts = [[*rollouts[i].prompt_ids, *rollouts[i].ids[:t], token] for i, t, token in starts]
+    done = len(read_lines(file))  # mends a last line that a kill cut off, so it comes before the file is opened
     with file.open("a") as out:
-        for at in tqdm(range(len(read_lines(file)), len(prompts), CALL), desc="continuations"):
+        for at in tqdm(range(done, len(prompts), CALL), desc="continuations"):
             groups = actor.generate(prompts[at : at + CALL], 1, max_tokens, 0.0)
             out.write("".join(json.dumps(r[0].text) + "\n" for r in groups))
             out.flush()
