@@ -2,7 +2,7 @@
 
     python -m lab.alignment --out lab/records/directions/tiny.json      the tiny model before training
     python -m lab.alignment --model runs/NAME/checkpoint-40             after it
-    python -m lab.report --only directions                                  the tables, from the committed records
+    python -m lab.report --only directions                              the tables, from the committed records
 
 A learning curve is noisy: two runs that differ by nothing but rounding end some points apart. This measures the arms of
 lab/arms.py at a fixed policy instead. Many rollouts give the gradient of expected success by its definition,
@@ -30,10 +30,10 @@ them. The record holds the inner products that all this is computed from, and no
     python -m lab.truth --out runs/truth                       what each token was worth, half an hour
     python -m lab.alignment --truth runs/truth                 three arms more, which know it
 
-With --truth the minibatches are those responses. "oracle" puts gamma on the
-tokens of truly largest |dV|: what a perfect signal could do with coupled's gamma and q, or with a q below the share of
-choices. "VinePPO" has dV itself for its advantage. "tokens" in the record says which tokens hold the signal and the
-noise, by what the token is: those of most entropy, then all others.
+With --truth the minibatches are those responses. "oracle" puts gamma on the tokens of truly largest |dV|: what a
+perfect signal could do with coupled's gamma and q, or with a q below the share of choices. "VinePPO" has dV itself for
+its advantage. "tokens" in the record says which tokens hold the signal and the noise, by what the token is: those of
+most entropy, then all others.
 """
 
 import json
@@ -76,7 +76,7 @@ class Args:
     """Compare the arms' gradients with that of expected success."""
 
     model: str = HfArg(default=TINY, help="Folder or hub name of a transformers checkpoint.")
-    task: str | None = HfArg(default=None, help="Its name (default: countdown-tiny or countdown-words).")
+    task: str | None = HfArg(default=None, help=f"One of: {', '.join(tasks.TASKS)} (default: by the model).")
     arms: list[str] = HfArg(
         default_factory=lambda: [*arms.MAIN, *arms.ABLATIONS, *arms.LOUD], help=f"Some of: {'; '.join(arms.ARMS)}."
     )

@@ -177,7 +177,7 @@ def say_outcome(primary: Estimate, control: Estimate) -> str:
 
 
 def say_whether_it_lasts(late: Estimate, early: Estimate) -> str:
-    """The second round's outcome in the protocol's words."""
+    """The outcome of the round "lasting" in the protocol's words."""
     if late.low > 0:
         return "The gain lasts: the interval at step 20 lies above 0."
     if late.high < early.value:

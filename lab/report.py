@@ -39,7 +39,7 @@ PAPER = {  # its final accuracies: Countdown (Table 3, Qwen3-4B); ablations on m
 class Args:
     """Print the tables."""
 
-    only: list[str] | None = HfArg(default=None, help="Some of: decisive, answer, runs, directions, values.")
+    only: list[str] | None = HfArg(default=None, help="decisive, answer, runs, directions, values (default: all).")
     out: str = HfArg(default=str(RECORDS / "report.md"), help="File for all tables.")
 
 

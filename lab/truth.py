@@ -54,7 +54,7 @@ class Args:
     """Measure what every token of sampled responses was worth, and how much of that WAAD, FAI and others find."""
 
     model: str = HfArg(default=TINY, help="Folder or hub name of a transformers checkpoint.")
-    task: str | None = HfArg(default=None, help="Its name (default: countdown-tiny or countdown-words).")
+    task: str | None = HfArg(default=None, help=f"One of: {', '.join(tasks.TASKS)} (default: by the model).")
     data: str | None = HfArg(default=None, help="Local JSON, JSONL or parquet file in place of the task's dataset.")
     split: Literal["train", "test"] = HfArg(default="train", help="Of the task's problems.")
     responses: int = HfArg(default=256, help="Responses whose tokens are valued, --group to a problem.")

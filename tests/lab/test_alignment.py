@@ -60,9 +60,8 @@ def test_a_record_says_what_the_gradients_say(size, monkeypatch):
     square = (gram.sum() - np.trace(gram)) / (50 * 49)
     assert alignment.norms(found["uniform"])[-1] == pytest.approx(square**0.5, rel=1e-4)
     assert all(e.low < e.value < e.high for e in got.values())
-    louder = alignment.measure(torch.tensor(uniform + 3 * part).float(), tensors["uniform"][0], parts, 4, 4.0) | {
-        "adamw": []
-    }
+    more = torch.tensor(uniform + 3 * part).float()
+    louder = alignment.measure(more, tensors["uniform"][0], parts, 4, 4.0) | {"adamw": []}
     direct = alignment.compare(louder, found["uniform"])
     derived = alignment.compare(alignment.at_gamma(found["half more"], found["uniform"], 4.0), found["uniform"])
     assert direct.keys() == derived.keys() and derived["AdamW"] is None
