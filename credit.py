@@ -117,7 +117,7 @@ class Coupled(NamedTuple):
     tau_waad: Tensor
     tau_delta: Tensor  # infinite where T_loc is empty
     dominated: Tensor  # bool, D
-    intro: Tensor  # for each token of D the column of its intro; undefined elsewhere
+    intro: Tensor  # column of the largest Delta among the k tokens before, 0 if there are none; of one in D: its intro
 
 
 def coupled_parts(waad: Tensor, fai: Tensor, mask: Tensor, q: float = 0.4, k: int = 3, lowest: bool = False) -> Coupled:

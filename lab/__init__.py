@@ -1,1 +1,1 @@
-"""The laboratory: is the paper right? README.md has the answer. Nothing outside imports it; python -m lab.analyze."""
+"""The laboratory: is the paper right? README.md has the answer. Nothing outside imports it."""

@@ -1,8 +1,7 @@
 """Directions: how well does the gradient of one minibatch point to where success rises, under each arm?
 
-    python -m lab.alignment --out lab/records/directions/tiny.json      the tiny model before training
-    python -m lab.alignment --model runs/NAME/checkpoint-40             after it
-    python -m lab.report --only directions                              the tables, from the committed records
+    python -m lab.alignment                                     the tiny model before training
+    python -m lab.alignment --model runs/NAME/checkpoint-40     after it
 
 A learning curve is noisy: two runs that differ by nothing but rounding end some points apart. This measures the arms of
 lab/arms.py at a fixed policy instead. Many rollouts give the gradient of expected success by its definition,
@@ -77,9 +76,7 @@ class Args:
 
     model: str = HfArg(default=TINY, help="Folder or hub name of a transformers checkpoint.")
     task: str | None = HfArg(default=None, help=f"One of: {', '.join(tasks.TASKS)} (default: by the model).")
-    arms: list[str] = HfArg(
-        default_factory=lambda: [*arms.MAIN, *arms.ABLATIONS, *arms.LOUD], help=f"Some of: {'; '.join(arms.ARMS)}."
-    )
+    arms: list[str] = HfArg(default_factory=lambda: [*arms.OF_TOKENS], help=f"Some of: {'; '.join(arms.ARMS)}.")
     truth: str | None = HfArg(default=None, help="Folder of lab.truth: the arms' responses, and three arms more.")
     problems: int = HfArg(default=256, help="Training problems for grad J.")
     parts: int = HfArg(default=32, help="Parts that grad J is made of, for its interval.")
@@ -119,8 +116,7 @@ def gradients(model, input_ids: Tensor, mask: Tensor, weights: Tensor, pieces: t
 
 def inner(a: Tensor, b: Tensor) -> np.ndarray:
     """The inner products of rows of a and of b, [rows of a, rows of b], a slice of the weights at a time."""
-    found = sum(x.float() @ y.float().T for x, y in zip(a.split(SLICE, 1), b.split(SLICE, 1)))
-    return found.double().cpu().numpy()
+    return sum(x.float() @ y.float().T for x, y in zip(a.split(SLICE, 1), b.split(SLICE, 1))).double().cpu().numpy()
 
 
 def adamw_updates(gradients: Tensor, rows: int):
@@ -272,29 +268,29 @@ def checked(args: Args) -> truth.Measured | None:
         raise ValueError(f"--problems {args.problems}: must be a multiple of {args.parts}, --parts")
     if not args.truth:
         return None
-    found = truth.read(args.truth)
-    count = found.args.responses // args.group
-    if found.values is None:
+    measured = truth.read(args.truth)
+    count = measured.args.responses // args.group
+    if measured.values is None:
         raise ValueError(f"--truth {args.truth}: has not come to its end: python -m lab.truth --resume {args.truth}")
     for name in ("model", "task", "group", "max_tokens"):
-        if getattr(found.args, name) != getattr(args, name):
-            raise ValueError(f"--{name} {getattr(args, name)}: --truth {args.truth} has {getattr(found.args, name)}")
+        if getattr(measured.args, name) != getattr(args, name):
+            raise ValueError(f"--{name} {getattr(args, name)}: --truth {args.truth} has {getattr(measured.args, name)}")
     if count % args.minibatch or count < 3 * args.minibatch:
         raise ValueError(
             f"--minibatch {args.minibatch}: must divide the {count} problems of --truth, in 3 parts or more"
         )
-    return found
+    return measured
 
 
 def main(args: Args) -> None:
     try:
         args, note = fill_defaults(args, truth.DEFAULTS, args.model)
         print(note)
-        found = checked(args)
+        measured = checked(args)
         model, tokenizer = load_model(args.model)
         check_logits(model)
-        count = args.problems + (0 if found else args.minibatches * args.minibatch)
-        problems = tasks.load(args.task, "train", count, seed=args.seed + bool(found))  # others than --truth's
+        count = args.problems + (0 if measured else args.minibatches * args.minibatch)
+        problems = tasks.load(args.task, "train", count, seed=args.seed + bool(measured))  # others than --truth's
         set_seed(args.seed)  # torch's sampler draws from the global generator; vLLM sets its own
         actor = start_actor(args.engine, args.model, 512, args.seed, args.kv_cache_gib, model, tokenizer)
     except (ValueError, OSError) as e:
@@ -314,8 +310,8 @@ def main(args: Args) -> None:
     target = gradients(model, input_ids, mask, centred * mask, torch.arange(first, device=device).chunk(args.parts))
 
     # 3. The arms' responses: signals, advantages, minibatches.
-    if found:
-        rollouts, rewards = found.rollouts, found.rewards.view(-1, args.group)
+    if measured:
+        rollouts, rewards = measured.rollouts, measured.rewards.view(-1, args.group)
     else:
         rollouts, rewards = rollouts[first:], rewards[args.problems :]
     input_ids, mask, _ = (x.to(device) for x in pad_batch(rollouts))  # [B,N]
@@ -345,15 +341,15 @@ def main(args: Args) -> None:
     }  # fmt: skip
 
     # 4. Arm by arm; the record is written after each, because on a large model each takes minutes.
-    known = {name: credit.top_q(found.values.delta[0].abs().to(device), mask, q) for name, q in ORACLES.items()} \
-        if found else {}  # fmt: skip
-    for name in tqdm([*known, *(["VinePPO"] if found else []), *(a for a in args.arms if a != "uniform")], desc="arms"):
+    worth = measured.values.delta[0].to(device) if measured else None  # of each token, [B,N]
+    of_worth = [*ORACLES, "VinePPO"] if measured else []
+    for name in tqdm([*of_worth, *(a for a in args.arms if a != "uniform")], desc="arms"):
         amp = args.gamma_amp
         if name == "VinePPO":
             amp = None
-            arm = gradients(model, input_ids, mask, found.values.delta[0].to(device) * per_token, minibatches)
-        elif name in known:
-            arm = gradients_of(1 + (amp - 1) * known[name])
+            arm = gradients(model, input_ids, mask, worth * per_token, minibatches)
+        elif name in ORACLES:
+            arm = gradients_of(1 + (amp - 1) * credit.top_q(worth.abs(), mask, ORACLES[name]))
         else:
             amp = arms.ARMS[name].settings.get("gamma_amp", amp)
             arm = gradients_of(*arms.gamma_of(arms.ARMS[name], seen, mask, input_ids, model, tokenizer, amp, args.seed))
@@ -361,8 +357,8 @@ def main(args: Args) -> None:
         write_whole(Path(args.out), json.dumps(record))
 
     # 5. The tokens that hold signal and noise, where it is known what they were worth.
-    if found:
-        square, entropy = found.values.square[0].to(device), seen(False).entropy
+    if measured:
+        square, entropy = measured.values.square[0].to(device), seen(False).entropy
         kinds = torch.zeros(len(tokenizer), device=device).index_add(0, input_ids[mask], entropy[mask]).topk(SHOWN)
         rest = ~torch.isin(input_ids, kinds.indices) & mask
         record["tokens"] = {}
@@ -374,7 +370,7 @@ def main(args: Args) -> None:
                 "along": rounded(inner(part, target)), "with uniform": products(inner(part, uniform)),
             }  # fmt: skip
     write_whole(Path(args.out), json.dumps(record))
-    print("\n\n".join(markdown(t) for t in (table(record), *([token_table(record)] if found else []))))
+    print("\n\n".join(markdown(t) for t in (table(record), *([token_table(record)] if measured else []))))
     print(f"\nuniform: cosine with the gradient of success; others: % more. {len(minibatches)} minibatches of "
           f"{rows} responses, {100 * record['success']:.1f} % right: {args.out}")  # fmt: skip
 

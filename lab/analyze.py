@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 import credit
@@ -37,6 +37,7 @@ from eval import evaluate
 from grpo import check_logits
 from heads import layer_range, split_heads
 from lab import linkage, perturb, pictures, sinks, truth
+from lab.signals import untrained
 from node.output import markdown, minutes
 from node.run import new_folder, refuse_other_args, write_args
 from node.settings import TINY, check_length, fill_defaults, load_model, parse_args
@@ -176,11 +177,7 @@ def main(args: Args) -> None:
         taken = looks["by norm"].first
     other_spans = look(model, "middle", not args.drop_first).spans
     responses, overlap = linkage.responses_of(looks["middle"])
-    torch.manual_seed(args.seed)
-    untrained = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).to(model.device).eval()
-    floor = linkage.responses_of(look(untrained, "middle"))[0]
-    del untrained
-
+    floor = linkage.responses_of(look(untrained(model, args.seed), "middle"))[0]
     share = f"{100 * rewards.mean():.1f} % of {len(rollouts)} responses right"
     print(f"{args.model}: {share}, {mask.sum()} tokens", flush=True)
     found = {

@@ -118,7 +118,8 @@ NO_FIRST = {
 RATES = {
     f"uniform, lr {lr}": Arm({"credit": "uniform", "lr": float(lr)}) for lr in ("2e-5", "8e-5", "1e-4", "2e-4", "4e-4")
 }
-ARMS = {**MAIN, **ABLATIONS, **LOUD, **READINGS, **PLACES, **BY_TEXT, **NO_FIRST, **RATES}
+OF_TOKENS = {**MAIN, **ABLATIONS, **LOUD, **READINGS, **PLACES}  # for every task, with the whole of attention
+ARMS = {**OF_TOKENS, **BY_TEXT, **NO_FIRST, **RATES}
 BASELINE = ("uniform", "scaled", "entropy")  # AdamW divides gamma's size out, so these three are one treatment
 
 

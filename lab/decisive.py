@@ -8,6 +8,8 @@ called, is lab/results/decisive.md. It was committed before the first run of eac
 """
 
 import json
+import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,31 +43,30 @@ class Plan:
     first_seed: int = 100
 
 
-LOUD = "coupled, gamma 4, q 0.2"
-LATE = dict(evaluate_at=(10, 20), first_seed=200)
+LOUD_ARM = "coupled, gamma 4, q 0.2"
 ROUNDS = {
     "decisive": {
         "uniform": Plan(100, ARMS["uniform"]),
         "coupled": Plan(100, ARMS["coupled"]),
-        LOUD: Plan(60, ARMS[LOUD]),
+        LOUD_ARM: Plan(60, ARMS[LOUD_ARM]),
         "uniform, minibatches of 32": Plan(20, Arm({"credit": "uniform", "minibatches": 2})),
     },
     "places": {name: Plan(40, ARMS[name]) for name in PLACES},
-    "lasting": {f"{name}, 20 steps": Plan(40, ARMS[name], **LATE) for name in ("uniform", LOUD)},
+    "lasting": {f"{name}, 20 steps": Plan(40, ARMS[name], (10, 20), 200) for name in ("uniform", LOUD_ARM)},
     "readings": {name: Plan(40, ARMS[name]) for name in READINGS},
 }
 PLANS = {name: plan for plans in ROUNDS.values() for name, plan in plans.items()}
 CONTRASTS = {  # one arm less another
     "decisive": [(name, "uniform") for name in ROUNDS["decisive"] if name != "uniform"],
-    "places": [*((name, "uniform") for name in PLACES), *((LOUD, name) for name in PLACES)],
-    "lasting": [(f"{LOUD}, 20 steps", "uniform, 20 steps")],
+    "places": [*((name, "uniform") for name in PLACES), *((LOUD_ARM, name) for name in PLACES)],
+    "lasting": [(f"{LOUD_ARM}, 20 steps", "uniform, 20 steps")],
     "readings": [(name, "coupled") for name in READINGS],
 }
 SETTING = train.Args(
     task="countdown-tiny", prompts=8, group=8, minibatches=4, lr=2e-4, max_tokens=128, max_model_len=512,
     micro_tokens=1024, eval_samples=2,
 )  # fmt: skip
-MEASURES = ("area", "half", "end")
+MEASURES = ("area", "half", "end", "change")  # in points; see read_runs
 FOLDER = Path("lab/records/decisive")
 
 
@@ -103,8 +104,8 @@ def train_run(model, actor, weights: dict, plan: Plan, seed: int, test_set: list
                 heads = train.split_into_local_and_global(args, model, input_ids[some], mask[some])
             signals = train.score(args, model, input_ids, mask, rows, heads)
             settings = dict(model=model, tokenizer=None, amp=args.gamma_amp, seed=1000 * args.seed + step)
-            gamma, _ = gamma_of(plan.arm, lambda _, seen=signals: seen, scored, input_ids, **settings)
-            shaped = shape_advantages(advantages, gamma / gamma[scored].mean())
+            gamma, sign = gamma_of(plan.arm, lambda _, seen=signals: seen, scored, input_ids, **settings)
+            shaped = shape_advantages(advantages, gamma / gamma[scored].mean(), sign)
             minibatches = list(order.tensor_split(args.minibatches))
             did = update(model, optimizer, input_ids, mask, signals.logprobs, shaped, minibatches, args.micro_tokens)
             norms.append(round(did["grad_norm"], 6))
@@ -138,31 +139,19 @@ def read_records() -> list[dict]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def append(file: Path, record: dict) -> None:
-    """One line in one write, so that two workers never mix theirs."""
-    with open(file, "ab", buffering=0) as f:
-        f.write((json.dumps(record) + "\n").encode())
-
-
 # ---- What the runs say ----
 
 
 def read_runs() -> list[dict]:
-    """The recorded runs, with MEASURES in points: area, success at half of the steps and at their end."""
+    """The recorded runs, with MEASURES: area, success at half of the steps and at their end, change between the two."""
     start, runs = json.loads((FOLDER / "start.json").read_text())["success"], read_records()
     for run in runs:
         at = PLANS[run["arm"]].evaluate_at
         curve = [(0, start), *((step, run["success"][str(step)]) for step in at)]
         run["area"] = area(np.array(curve))
         run["half"], run["end"] = (100 * run["success"][str(step)] for step in at)
+        run["change"] = run["end"] - run["half"]
     return runs
-
-
-def contrast(runs: list[dict], one: str, other: str, measure: str) -> Estimate | None:
-    """An arm less another, arm + seed; None where one of them has fewer than five runs."""
-    if any(sum(run["arm"] == arm for run in runs) < 5 for arm in (one, other)):
-        return None
-    return fit_contrast([Value(run["arm"], run["seed"], run[measure]) for run in runs], one, other)
 
 
 def say_outcome(primary: Estimate, control: Estimate) -> str:
@@ -173,46 +162,58 @@ def say_outcome(primary: Estimate, control: Estimate) -> str:
         return "Gains: the primary interval lies above 0."
     if primary.high < 0:
         return "Loses: the primary interval lies below 0."
-    return f"No gain of {primary.high:.1f} points or more: the primary interval contains 0."
+    return f"No gain of {math.ceil(10 * primary.high) / 10:.1f} points or more: the primary interval contains 0."
 
 
-def say_whether_it_lasts(late: Estimate, early: Estimate) -> str:
+def say_whether_it_lasts(late: Estimate, change: Estimate) -> str:
     """The outcome of the round "lasting" in the protocol's words."""
     if late.low > 0:
         return "The gain lasts: the interval at step 20 lies above 0."
-    if late.high < early.value:
-        return "The gain is lost: the interval at step 20 lies below the gain at step 10."
+    if change.high < 0:
+        return "The gain is lost: the interval of its change from step 10 to step 20 lies below 0."
     return "Whether the gain lasts cannot be told."
 
 
-def contrasts(runs: list[dict]) -> dict[tuple[str, str], list[Estimate | None]]:
-    """(one arm, another): their differences in each of MEASURES."""
+def contrasts(runs: list[dict], alone: bool = False) -> dict[tuple[str, str], list[Estimate | None]]:
+    """(one arm, another): their differences in each of MEASURES; None where one of them has fewer than five runs.
+
+    alone: from these two arms alone, which is a paired t-test. It does not take all arms to be equally noisy.
+    """
     found = {}
     for name, pairs in CONTRASTS.items():
         # All rounds but "lasting" have the seeds and steps of the first, so they stand in one model with its arms.
         arms = [*ROUNDS[name], *(ROUNDS["decisive"] if name != "lasting" else ())]
-        of_round = [run for run in runs if run["arm"] in arms]
         for pair in pairs:
-            found[pair] = [contrast(of_round, *pair, measure) for measure in MEASURES]
+            kept = [run for run in runs if run["arm"] in (pair if alone else arms)]
+            enough = all(sum(run["arm"] == arm for run in kept) >= 5 for arm in pair)
+            values = [[Value(run["arm"], run["seed"], run[measure]) for run in kept] for measure in MEASURES]
+            found[pair] = [fit_contrast(x, *pair) if enough else None for x in values]
     return found
 
 
 def report() -> str:
-    """The outcomes; then by round the number of runs and the contrasts in both measures, as Markdown."""
+    """The outcomes; then by round the number of runs and the contrasts in all measures, as Markdown."""
     runs, tables = read_runs(), []
-    found, counts = contrasts(runs), {arm: sum(run["arm"] == arm for run in runs) for arm in PLANS}
+    found, paired, counts = contrasts(runs), contrasts(runs, alone=True), Counter(run["arm"] for run in runs)
     for name, plans in ROUNDS.items():
-        rows = [["one arm − another, points", "area", "success at half of the steps", "at their end"]]
-        for one, other in CONTRASTS[name]:
-            rows.append([f"{one} − {other}", *(e.text("+.2f") if e else "too few runs" for e in found[one, other])])
-        there = "; ".join(f"{arm}: {counts[arm]} of {plan.runs}" for arm, plan in plans.items())
-        tables.append(f"### Round: {name}\n\nRuns: {there}.\n\n{markdown(rows)}")
+        rows = [["one arm − another, points", "area", "success at half of the steps", "at their end", "end − half"]]
+        for pair in CONTRASTS[name]:
+            for label, estimates in ((" − ".join(pair), found[pair]), ("these two arms alone", paired[pair])):
+                rows.append([label, *(e.text("+.2f") if e else "too few runs" for e in estimates)])
+        there = []
+        for arm, plan in plans.items():
+            there.append(f"- {arm}: {counts[arm]} of {plan.runs} runs")
+            norms = [norm for run in runs if run["arm"] == arm for norm in run["grad_norm"]]
+            if norms:
+                loud = 100 * np.mean(np.array(norms) > 1)
+                there[-1] += f"; gradients of norm {np.mean(norms):.2f}, above 1 in {loud:.1f} % of the steps"
+        tables.append(f"### Round: {name}\n\n" + "\n".join(there) + f"\n\n{markdown(rows)}")
 
     primary, control = (found[arm, "uniform"][0] for arm in ("coupled", "uniform, minibatches of 32"))
-    late, early = found[CONTRASTS["lasting"][0]][-1], found[LOUD, "uniform"][-1]
+    late, change = found[CONTRASTS["lasting"][0]][2:]
     outcomes = {
         "decisive": say_outcome(primary, control) if primary and control else "Too few runs to say anything.",
-        "lasting": say_whether_it_lasts(late, early) if late and early else "Too few runs to say anything.",
+        "lasting": say_whether_it_lasts(late, change) if late else "Too few runs to say anything.",
     }
     said = []
     for name, outcome in outcomes.items():
@@ -243,7 +244,9 @@ def main(args: Args) -> None:
     todo = [job for i, job in enumerate(jobs()) if i % workers == number and job not in done]
     for arm, seed in tqdm(todo, desc=f"worker {number}"):
         result = train_run(model, actor, weights, PLANS[arm], seed, test_set)
-        append(record_file(arm), {"arm": arm, "seed": seed, **result})
+        line = json.dumps({"arm": arm, "seed": seed, **result}) + "\n"
+        with open(record_file(arm), "ab", buffering=0) as f:  # one write, so that two workers never mix their lines
+            f.write(line.encode())
     print(f"{len(read_records())} of {len(jobs())} runs are there; their tables: python -m lab.report --only decisive")
 
 

@@ -30,7 +30,7 @@ WORDS = (
     "--model runs/smollm-words --task countdown-words --prompts 8 --minibatches 4 --lr 4e-5 --steps 8 "
     "--max_tokens 192 --max_model_len 256 --kv_cache_gib 2 --eval_problems 256 --eval_every 0"
 )
-RATES = [f"uniform, lr {rate}" for rate in ("1e-4", "2e-4", "4e-4")]
+STUDIED_RATES = [f"uniform, lr {rate}" for rate in ("1e-4", "2e-4", "4e-4")]
 SETTINGS = {  # the arguments that all its arms share, the arms, and the number of seeds
     "countdown": ("--task countdown-tiny --lr 2e-4 --steps 12 --eval_every 3", MAIN, 5),
     "small": (f"--task countdown-tiny {SMALL} --lr 2e-4 --steps 20 --eval_every 5", MAIN, 5),
@@ -38,8 +38,8 @@ SETTINGS = {  # the arguments that all its arms share, the arms, and the number 
     "harder": (f"--task countdown-tiny18 {SMALL} --lr 2e-4 --steps {SHORT} --eval_every 5", MAIN, 5),
     "words": (WORDS, ("uniform", "local", "coupled"), 3),
     "words-anew": (WORDS, ("uniform", "content", "coupled, no first token"), 3),
-    "study": ("--task countdown-tiny --steps 30 --eval_every 5", RATES, 2),
-    "study-small": (f"--task countdown-tiny {SMALL} --steps 20 --eval_every 5", RATES, 2),
+    "study": ("--task countdown-tiny --steps 30 --eval_every 5", STUDIED_RATES, 2),
+    "study-small": (f"--task countdown-tiny {SMALL} --steps 20 --eval_every 5", STUDIED_RATES, 2),
     "study-words": (WORDS, [f"uniform, lr {r}" for r in ("2e-5", "8e-5")], 2),
 }  # fmt: skip
 MISSING = {("study", "uniform, lr 4e-4", 1)}  # asked for, never made: one seed had shown that rate to be too high

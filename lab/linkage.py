@@ -78,7 +78,7 @@ def per_head(
             uncertainty = token_logprobs(model, input_ids[index, :n], part, entropy=True)[1]
         index = index.cpu()
         entropy[index, :n] = uncertainty.cpu()
-        share = part.sum() / mask.sum()
+        weight = part.sum() / mask.sum()
         on_first = [
             sinks.taken_from_first(recorded[layer], norms[layer]) if by_norm else sinks.on_first(recorded[layer])
             for layer in layers
@@ -93,7 +93,7 @@ def per_head(
         if by_norm:
             received = received * torch.cat([norms[layer][..., cut:] for layer in layers], 1)
         fai[:, index, cut:n] = received.transpose(0, 1).cpu()
-        spans += torch.cat([share * streamed_spans(layer, part) for layer in looks]).cpu()
+        spans += torch.cat([weight * streamed_spans(layer, part) for layer in looks]).cpu()
     return PerHead(waad, fai, spans, entropy, mask.cpu(), first)
 
 
@@ -104,7 +104,9 @@ def receiver_heads(looks: PerHead, size: int, among: Tensor | None = None) -> Te
     """
     rows = [looks.fai[:, b, m][:, :-H_LO].numpy() for b, m in enumerate(looks.mask) if m.sum() >= H_LO + 4]
     kurtosis = np.nanmean([np.nan_to_num(stats.kurtosis(r, axis=1)) for r in rows], 0) if rows else looks.spans * 0.0
-    rank = torch.as_tensor(kurtosis).masked_fill(~among if among is not None else looks.spans < 0, -torch.inf)
+    rank = torch.as_tensor(kurtosis)
+    if among is not None:
+        rank = rank.masked_fill(~among, -torch.inf)
     return torch.zeros_like(looks.spans, dtype=torch.bool).index_fill(0, rank.topk(size).indices, True)
 
 
@@ -174,9 +176,8 @@ def eligible(value: np.ndarray, peak: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def totals(asked: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Of each response: sum of the value at its peaks, what random positions give on average, number of peaks. [3,B]"""
-    rows = []
-    for value, peak in (eligible(*one) for one in asked):
-        rows.append((value[peak].sum(), peak.sum() * value.mean() if peak.any() else 0.0, peak.sum()))
+    both = [eligible(*one) for one in asked]
+    rows = [(value[peak].sum(), peak.sum() * value.mean() if peak.any() else 0.0, peak.sum()) for value, peak in both]
     return np.array(rows, dtype=float).T
 
 

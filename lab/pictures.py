@@ -140,7 +140,7 @@ def page(title: str, intro: str, by_title: dict[str, list[list[str]]], texts: li
         for name, x in text["shades"].items():
             low, high = np.nanmin([*x, np.inf]), np.nanmax([*x, -np.inf])
             shade = (x - low) / (high - low) if high > low else np.zeros(len(x))
-            out.append(f"<small>{name}</small><div class='text {name.split(',')[0]}'>")
+            out.append(f"<small>{name}</small><div class='text {name}'>")
             out.append(token_spans(text["tokens"], shade, text["tips"]) + "</div>")
     for name, rows in by_title.items():
         head, *body = ["".join(f"<td>{html.escape(c)}</td>" for c in row) for row in rows]

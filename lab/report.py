@@ -18,7 +18,7 @@ from transformers.hf_argparser import HfArg
 from lab import alignment, decisive, experiment, truth
 from lab.arms import ABLATIONS, BASELINE
 from lab.experiment import SHORT, area, last_quarter
-from lab.stats import Estimate, Value, fit, fit_contrast, permuted_slope, power, smallest_seen
+from lab.stats import Estimate, Value, contrast_parts, fit, fit_contrast, permuted_slope, smallest_seen
 from node.output import markdown, write_whole
 from node.settings import parse_args
 
@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 
 RECORDS, FIGURES = Path("lab/records"), Path("lab/figures")
 POOLED = ("countdown", "small", "harder")  # settings of all seven arms, five seeds each
+OF_PAPER = ("local", "global", "coupled")  # its credits
 MEASURES = {"area": area, "last quarter": last_quarter}
 PAPER = {  # its final accuracies: Countdown (Table 3, Qwen3-4B); ablations on mathematics, as differences to its GRPO
     "uniform": "52.6", "random": "+2.4", "entropy": "+5.1", "local": "+7.3", "global": "+7.8", "coupled": "+10.5",
@@ -57,17 +58,18 @@ def values(settings: Sequence[str], measure: str, pool: bool = True, last: int |
 
 def answer() -> dict[str, list[list[str]]]:
     """The pooled contrasts, with the settings apart; and what could have been seen."""
-    rows = [["arm − the pooled baseline, points", *MEASURES]]
+    rows = [["arm − the pooled baseline, points", *MEASURES, "area, against uniform alone"]]
     for settings in (POOLED, *((s,) for s in POOLED)):
         for arm in ("coupled", "global", "local", "random"):
             cells = [fit_contrast(values(settings, m), arm, "baseline").text() for m in MEASURES]
-            rows.append([f"{arm}, {' + '.join(settings)}", *cells])
-    early = [["arm − baseline, small minibatches, first ten steps", "area", "p"]]
-    found = values(("small",), "area", last=SHORT)
-    together = [v._replace(arm="credit") if v.arm in ("local", "global", "coupled") else v for v in found]
-    for arm, runs in (("local, global and coupled as one arm", together), *((a, found) for a in CREDITS)):
-        e = fit_contrast(runs, "credit" if runs is together else arm, "baseline")
-        early.append([arm, e.text(), f"{e.p:.3f}"])
+            alone = fit_contrast(values(settings, "area", pool=False), arm, "uniform").text()
+            rows.append([f"{arm}, {' + '.join(settings)}", *cells, alone])
+    early = [["arm − baseline, small minibatches, first ten steps", "area", "p", "against uniform alone"]]
+    pooled, apart = (values(("small",), "area", pool, SHORT) for pool in (True, False))
+    for arms in (OF_PAPER, *((a,) for a in OF_PAPER)):
+        as_one = [[v._replace(arm="credit") if v.arm in arms else v for v in found] for found in (pooled, apart)]
+        e, alone = (fit_contrast(v, "credit", base) for v, base in zip(as_one, ("baseline", "uniform")))
+        early.append([", ".join(arms) + " as one arm" * (len(arms) > 1), e.text(), f"{e.p:.3f}", alone.text()])
     return {
         "The answer: 105 runs of the tiny model": rows,
         "The first ten steps with small minibatches (found afterwards)": early,
@@ -75,20 +77,19 @@ def answer() -> dict[str, list[list[str]]]:
     }
 
 
-CREDITS = ("local", "global", "coupled")
-
-
 def seeing() -> list[list[str]]:
-    """By setting: the noise of a difference of two runs, and the difference that is seen in 80 of 100 cases."""
-    rows = [["setting", "seeds", "measure", "sd of a paired difference", "power at 3 points", "seen with 80 %"]]
-    found = {s: (5, {m: values((s,), m, pool=False) for m in MEASURES}) for s in POOLED}
-    found["words"] = 3, {m: values(("words", "words-anew"), m, pool=False) for m in MEASURES}
-    found["decisive"] = 100, {"area": decisive_values()}
-    for name, (seeds, by_measure) in found.items():
-        for measure, runs_of in by_measure.items():
-            sd = fit(runs_of).sd * 2**0.5  # seeds taken out: of a paired difference
-            rows.append([name, str(seeds), measure, f"{sd:.1f}", f"{power(3, sd, seeds):.2f}",
-                         f"{smallest_seen(sd, seeds):.1f}"])  # fmt: skip
+    """By runs: the noise of coupled's difference, and the difference that is seen in 80 of 100 cases."""
+    rows = [["coupled − baseline, runs", "seeds", "measure", "sd of a paired difference", "seen with 80 %"]]
+    compared = [
+        (" + ".join(settings), seeds, m, values(settings, m, pool), "baseline" if pool else "uniform")
+        for settings, seeds, pool in ((POOLED, 15, True), *(((s,), 5, True) for s in POOLED), (("words",), 3, False))
+        for m in MEASURES
+    ]
+    compared.append(("decisive", 100, "area", decisive_values(), "uniform"))
+    for name, seeds, measure, found, base in compared:
+        _, error, df = contrast_parts(found, "coupled", base)
+        sd = fit(found).sd * 2**0.5  # seeds taken out: of a paired difference
+        rows.append([name, str(seeds), measure, f"{sd:.1f}", f"{smallest_seen(error, df):.1f}"])
     return rows
 
 
@@ -114,7 +115,7 @@ def runs() -> dict[str, list[list[str]]]:
         tables[f"Runs, {setting}: `{shared}`"] = rows
     found = dose_values()
     rows = [["arm, first ten steps of small minibatches", "runs", "area − baseline", "paper"]]
-    for arm in (*CREDITS, "random", *ABLATIONS):
+    for arm in (*OF_PAPER, "random", *ABLATIONS):
         count = sum(v.arm == arm for v in found)
         rows.append([arm, str(count), fit_contrast(found, arm, "baseline").text(), PAPER.get(arm, "")])
     return tables | {"Runs, ablations": rows}
@@ -151,17 +152,13 @@ def decisive_values() -> list[Value]:
 
 def dose(record: dict) -> list[list[str]]:
     """Do the runs do what the directions say? The slope of the area to step 10 on the direction, over arms."""
-    rows = [["runs", "arms", "direction, % better than uniform", "points of area per %", "p"]]
-    old, new = dose_values(pool=False), decisive_values()
-    for name, runs, column, amp in (
-        ("first ones, gamma 4 (found afterwards)", old, "one minibatch", 4.0),
-        ("decisive", new, "one minibatch", None),
-        ("decisive", new, "AdamW", None),
-    ):
-        x = {arm: gain for arm, gain in direction_of(record, column, amp).items() if arm in {run.arm for run in runs}}
-        if len(x) > 4:
-            e = permuted_slope(runs, x)
-            rows.append([f"{len(runs)} {name}", str(len(x)), column, e.text("+.3f"), f"{e.p:.4f}"])
+    rows = [["runs", "arms", "points of area per % that one minibatch points better", "p"]]
+    first = ("first ones, gamma 4 (found afterwards)", dose_values(pool=False), 4.0)
+    for name, runs, amp in (first, ("decisive", decisive_values(), None)):
+        arms = {run.arm for run in runs}
+        x = {arm: gain for arm, gain in direction_of(record, "one minibatch", amp).items() if arm in arms}
+        e = permuted_slope(runs, x)
+        rows.append([f"{len(runs)} {name}", str(len(x)), e.text("+.3f"), f"{e.p:.2g}"])
     return rows
 
 
@@ -196,7 +193,8 @@ def answer_rows() -> list[tuple[str, Estimate]]:
     for (one, other), (area_gain, *_) in decisive.contrasts(decisive.read_runs()).items():
         if area_gain and other.startswith("uniform"):
             rows.append((one.replace("uniform, m", "plain GRPO, m"), area_gain))
-    rows += [(f"{arm}, 105 older runs", fit_contrast(values(POOLED, "area"), arm, "baseline")) for arm in CREDITS]
+    old = values(POOLED, "area")
+    rows += [(f"{arm}, 105 older runs, pooled baseline", fit_contrast(old, arm, "baseline")) for arm in OF_PAPER]
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import credit
 import train
@@ -30,6 +31,12 @@ def signals_of(model, input_ids: Tensor, mask: Tensor, heads: Heads | None = Non
     with precision.autocast_for(model):
         rows = torch.arange(len(mask), device=mask.device)
         return train.score(train.Args(**how), model, input_ids, mask, rows, heads)
+
+
+def untrained(model, seed: int = 0):
+    """A model of the same shape with random weights: what position and structure alone would show."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).to(model.device).eval()
 
 
 def without_first(signals: Signals, model, input_ids: Tensor, mask: Tensor) -> Signals:

@@ -11,6 +11,8 @@
 All intervals are 95 %. tests/lab/test_stats.py plants known values and counts how often the intervals hold them.
 """
 
+import itertools
+import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -84,21 +86,27 @@ def fit(values: Sequence[Value]) -> Fit:
     return Fit(arms, weights, weights @ y, float((residuals @ residuals / df) ** 0.5), int(df))
 
 
-def fit_contrast(values: Sequence[Value], one: str, other: str) -> Estimate:
-    """Arm `one` less arm `other`, with Student's t from the residuals of all arms.
+def contrast_parts(values: Sequence[Value], one: str, other: str) -> tuple[float, float, int]:
+    """Arm `one` less arm `other`: the difference, its standard error and the degrees of freedom.
 
     Arms that are not compared help to know the blocks and the noise.
     """
-    found = fit(values)
-    i, j = found.arms.index(one), found.arms.index(other)
-    error = found.sd * np.linalg.norm(found.weights[i] - found.weights[j])
-    return from_error(found.effects[i] - found.effects[j], error, found.df)
+    model = fit(values)
+    i, j = model.arms.index(one), model.arms.index(other)
+    error = model.sd * np.linalg.norm(model.weights[i] - model.weights[j])
+    return float(model.effects[i] - model.effects[j]), float(error), model.df
+
+
+def fit_contrast(values: Sequence[Value], one: str, other: str) -> Estimate:
+    """Arm `one` less arm `other`, with Student's t from the residuals of all arms."""
+    return from_error(*contrast_parts(values, one, other))
 
 
 def permuted_slope(values: Sequence[Value], x: dict[str, float], draws: int = 4000, seed: int = 0) -> Estimate:
     """The slope of the values on x, a property of the arms, with an effect of each block taken out.
 
-    p comes from giving the x of one arm to another at random. The interval holds the slopes that the same test does
+    p comes from giving the x of one arm to another: in every order where these are at most `draws`, else in so many at
+    random. The interval holds the slopes that the same test does
     not reject (p > 0.05), when the values less that line are tested.
     """
     arms = sorted(x)
@@ -116,11 +124,15 @@ def permuted_slope(values: Sequence[Value], x: dict[str, float], draws: int = 40
         return (centred(z) * y).sum(-1) / (centred(z) ** 2).sum(-1)
 
     y, by_arm = centred(np.array([v.value for v in kept])), np.array([x[arm] for arm in arms])
-    rng = np.random.default_rng(seed)
     fitted = slope(by_arm[arm_of], y)
-    shuffled = np.stack([rng.permutation(by_arm) for _ in range(draws)])[:, arm_of]  # [draws, runs]
+    if math.factorial(len(arms)) <= draws:
+        orders = np.array(list(itertools.permutations(by_arm)))
+    else:
+        rng = np.random.default_rng(seed)
+        orders = np.stack([by_arm, *(rng.permutation(by_arm) for _ in range(draws))])
+    shuffled = orders[:, arm_of]  # [orders, runs]; one of them is the arms as they are
     of_values, of_x = slope(shuffled, y), slope(shuffled, centred(by_arm[arm_of]))
-    p = (1 + (abs(of_values) >= abs(fitted)).sum()) / (1 + draws)
+    p = (abs(of_values) >= abs(fitted) - 1e-12).mean()
 
     def margin(b: float) -> float:  # above 0: a line of slope b is rejected
         return abs(fitted - b) - np.quantile(abs(of_values - b * of_x), 0.95)
@@ -130,24 +142,24 @@ def permuted_slope(values: Sequence[Value], x: dict[str, float], draws: int = 40
     return Estimate(float(fitted), float(low), float(high), float(p))
 
 
-def power(difference: float, sd: float, n: int) -> float:
-    """The chance that a paired t-test of n pairs sees a positive difference (p < 0.05); sd is of a pair's difference.
+def power(difference: float, error: float, df: float) -> float:
+    """The chance that Student's t sees a positive difference (p < 0.05), from its standard error.
 
-    >>> round(power(3.0, 2.0, 5), 2), round(power(3.0, 3.2, 5), 2)
+    Of five pairs that differ with an sd of 2 or 3.2 points:
+
+    >>> round(power(3.0, 2.0 / 5**0.5, 4), 2), round(power(3.0, 3.2 / 5**0.5, 4), 2)
     (0.71, 0.36)
     """
-    limit, shift = stats.t.ppf(0.975, n - 1), difference * n**0.5 / sd
-    return float(stats.nct.sf(limit, n - 1, shift))
+    return float(stats.nct.sf(stats.t.ppf(0.975, df), df, difference / error))
 
 
-def smallest_seen(sd: float, n: int, chance: float = 0.8) -> float:
-    """The difference that a paired t-test of n pairs sees with this chance.
+def smallest_seen(error: float, df: float, chance: float = 0.8) -> float:
+    """The difference that is seen with this chance.
 
-    >>> round(smallest_seen(3.2, 5), 1)
+    >>> round(smallest_seen(3.2 / 5**0.5, 4), 1)
     5.4
     """
-    unit = sd / n**0.5
-    return float(optimize.brentq(lambda d: power(d, sd, n) - chance, 1e-6 * unit, 12 * unit))
+    return float(optimize.brentq(lambda d: power(d, error, df) - chance, 1e-6 * error, 12 * error))
 
 
 # ---- Tokens: responses in clusters ----
@@ -157,7 +169,7 @@ class Clusters:
     """A bootstrap over problems: every draw takes as many problems with replacement, each with all its responses.
 
     The percentiles are those of Hesterberg's expanded percentile interval: plain ones are too narrow for few problems,
-    by 13 % for 12.
+    by 15 % for 12.
     """
 
     def __init__(self, problem: Sequence[int], draws: int = 1000):
@@ -216,11 +228,11 @@ def jackknife(table: np.ndarray) -> Estimate:
     (m, n), whole = (size - 1 for size in table.shape), table[-1, -1]
     rows, columns = table[:-1, -1], table[-1, :-1]
     parts = [(x, len(x) - 1) for x in (rows, columns) if len(x)]
-    variances = [df * x.var() for x, df in parts]
+    variances = [free * x.var() for x, free in parts]
     interaction = table[:-1, :-1] - rows[:, None] - columns + whole
     total = sum(variances) - ((m - 1) * (n - 1) / (m * n) * (interaction**2).sum() if n else 0.0)
-    total = max(total, *variances) if n else total
-    df = sum(variances) ** 2 / max(sum(v**2 / df for v, (_, df) in zip(variances, parts)), 1e-300)
+    total = max(total, *variances) if n else total  # the interaction is known badly: never below one kind alone
+    df = sum(variances) ** 2 / max(sum(v**2 / free for v, (_, free) in zip(variances, parts)), 1e-300)
     return from_error(whole, total**0.5, max(df, 1.0))
 
 

@@ -197,13 +197,11 @@ def read(folder: str | Path) -> Measured:
     problems = tasks.load(args.task, args.split, args.responses // args.group, args.seed, args.data)
     problems = [p for p in problems for _ in range(args.group)]
     rewards = torch.tensor(rewards)
-    values = read_lines(folder / "values.jsonl")
-    if plan(rollouts, args.sure).keys() - {line["t"] for line in values}:
-        return Measured(args, problems, rollouts, rewards, None)
-    shape = pad_batch(rollouts)[1].shape
-    return Measured(
-        args, problems, rollouts, rewards, token_values(rollouts, rewards, values, args.continuations, shape, args.sure)
-    )
+    lines, values = read_lines(folder / "values.jsonl"), None
+    if not plan(rollouts, args.sure).keys() - {line["t"] for line in lines}:
+        shape = pad_batch(rollouts)[1].shape
+        values = token_values(rollouts, rewards, lines, args.continuations, shape, args.sure)
+    return Measured(args, problems, rollouts, rewards, values)
 
 
 def outcome_variance(found: Measured) -> tuple[float, float, float]:
@@ -218,14 +216,6 @@ def outcome_variance(found: Measured) -> tuple[float, float, float]:
     groups = found.rewards.view(-1, found.args.group)
     total = found.values.square[0].sum() / len(mask)
     return total.item(), (v * (1 - v) * k / (k - 1)).mean().item(), groups.var(1).mean().item()
-
-
-def sample(args: Args, actor, problems: list[tasks.Problem], folder: Path) -> None:
-    """The responses and their verdicts, as a file that is whole or not there."""
-    groups = actor.generate([p.prompt for p in problems], args.group, args.max_tokens, progress=True)
-    reward = tasks.get(args.task).reward
-    rewards = [reward(problem, r.text) for problem, group in zip(problems, groups) for r in group]
-    write_rollouts(folder, [r for group in groups for r in group], rewards)
 
 
 def checked(args: Args) -> Args:
@@ -261,16 +251,18 @@ def main(args: Args) -> None:
             print(f"{folder}: starting {args.engine}", flush=True)
             set_seed(args.seed)  # torch's sampler draws from the global generator; vLLM sets its own
             actor = start_actor(args.engine, args.model, longest, args.seed, args.kv_cache_gib, model, tokenizer)
+            judge = tasks.get(args.task).reward
             if not sampled:
-                sample(args, actor, problems, folder)
+                groups = actor.generate([p.prompt for p in problems], args.group, args.max_tokens, progress=True)
+                rewards = [judge(problem, r.text) for problem, group in zip(problems, groups) for r in group]
+                write_rollouts(folder, [r for group in groups for r in group], rewards)
             problem_of, rollouts = read(folder)[1:3]
 
             def reward(b: int, ids: list[int]) -> float:
-                return tasks.get(args.task).reward(problem_of[b], tokenizer.decode(ids, skip_special_tokens=True))
+                return judge(problem_of[b], tokenizer.decode(ids, skip_special_tokens=True))
 
-            continue_all(
-                actor, reward, rollouts, args.continuations, args.max_tokens, folder / "values.jsonl", args.sure
-            )
+            values = folder / "values.jsonl"
+            continue_all(actor, reward, rollouts, args.continuations, args.max_tokens, values, args.sure)
             actor.close()
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")

@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import credit
-from lab.signals import CHOICE, on_cpu, scores, signals_of, without_first
+from lab.signals import CHOICE, on_cpu, scores, signals_of, untrained, without_first
 from lab.stats import Clusters, Estimate
 from metrics import Signals
 from node.output import markdown
@@ -94,15 +93,15 @@ def regression(signals: Signals, values, mask: Tensor, clusters: Clusters) -> li
     """Weights of the ranks in least-squares fits of dV^2 over its mean, choices alone; a column for each signal."""
     choice = mask & (signals.entropy > CHOICE)
     owner, y = choice.nonzero()[:, 0].numpy(), values.square[0][choice].double().numpy()
-    y, ranked = y / y.mean(), scores(signals, mask)
     of_tokens = Clusters(clusters.problem[owner])  # the same problems are drawn, and with them their tokens
+    ranked, mean = scores(signals, mask), of_tokens.sums(y) / of_tokens.sums(np.ones(len(y)))
     columns = {}
     for name in ("FAI", "change of WAAD"):
         ranks = [within(ranked[n], choice) for n in ("entropy", "position, early first", name)]
         x = np.stack([np.ones(len(y)), *ranks], 1)
         moments = [x[:, :, None] * x[:, None], (x * y[:, None])[..., None]]
         xx, xy = map(of_tokens.sums, moments)
-        solved = np.linalg.solve(xx, xy)[..., 0]  # [1 + draws, 4]
+        solved = np.linalg.solve(xx, xy)[..., 0] / mean[:, None]  # [1 + draws, 4]
         columns[name] = [clusters.interval(w) for w in solved[:, 1:].T]
     return [[name, *row] for name, *row in zip(("entropy", "position, early first", "the signal"), *columns.values())]
 
@@ -118,9 +117,8 @@ def cell(x: Estimate | float | str | None, percent: bool) -> str:
 
 def tables(found, model, signals: Signals, input_ids: Tensor, mask: Tensor) -> dict[str, list[list[str]]]:
     """Every table by its title: rows of cells, the first row the heads."""
-    values = found.values
+    values, square = found.values, found.values.square[0]
     clusters = Clusters(torch.arange(len(mask)) // found.args.group)
-    square = values.square[0]
     share = f"{SHARES[-1]:.0%}"
     main = share_table(signals, values, mask, clusters)
     out = {
@@ -141,13 +139,11 @@ def tables(found, model, signals: Signals, input_ids: Tensor, mask: Tensor) -> d
         ["rank of", "where the signal is FAI", "where it is the change of WAAD"],
         *[[row[0], *(cell(x, False) for x in row[1:])] for row in regression(signals, values, mask, clusters)],
     ]
-    torch.manual_seed(0)
-    untrained = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).to(model.device).eval()
     ways = {
         "as in training": signals,
         "first token's column out": on_cpu(without_first(signals, model, input_ids, mask.to(model.device))),
         "all heads": on_cpu(signals_of(model, input_ids, mask.to(model.device), all_heads=True)),
-        "random weights": on_cpu(signals_of(untrained, input_ids, mask.to(model.device))),
+        "random weights": on_cpu(signals_of(untrained(model), input_ids, mask.to(model.device))),
     }
     kinds, rows = ("FAI", "change of WAAD", "WAAD", "coupled"), []
     for way, other in ways.items():

@@ -31,12 +31,11 @@ import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.hf_argparser import HfArg
 
 import credit
 from lab import truth
-from lab.signals import CHOICE, on_cpu, scores, signals_of, without_first
+from lab.signals import CHOICE, on_cpu, scores, signals_of, untrained, without_first
 from lab.stats import Clusters
 from lab.truth_tables import held
 from metrics import Signals
@@ -143,14 +142,14 @@ def decided(tokenizer, input_ids: Tensor, mask: Tensor, square: Tensor, clusters
     return rows
 
 
-def look(signals: Signals, first_out: Signals, untrained: Signals, mask: Tensor) -> dict[str, Tensor]:
+def look(signals: Signals, first_out: Signals, floor: Signals, mask: Tensor) -> dict[str, Tensor]:
     """The signals to be held against the kinds."""
     seen = scores(signals, mask)
     names = ("entropy", "surprise", "FAI", "change of WAAD", "WAAD", "position, early first")
     others = scores(first_out, mask)
     found = {name: seen[name] for name in names}
     found |= {f"{name}, first token out": others[name] for name in ("FAI", "change of WAAD", "WAAD")}
-    found["FAI, random weights"] = untrained.fai
+    found["FAI, random weights"] = floor.fai
     return found | {"coupled (γ)": credit.coupled_rhythm(signals.waad, signals.fai, mask)}
 
 
@@ -170,11 +169,9 @@ def main(args: Args) -> None:
     there = input_ids.to(model.device), mask.to(model.device)
     signals = signals_of(model, *there)
     first_out, signals = on_cpu(without_first(signals, model, *there)), on_cpu(signals)
-    torch.manual_seed(0)
-    fresh = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).to(model.device).eval()
-    untrained = on_cpu(signals_of(fresh, *there))
+    floor = on_cpu(signals_of(untrained(model), *there))
     content, wording = marked(tokenizer, input_ids, mask) & (signals.entropy > CHOICE)
-    tables.append(table(look(signals, first_out, untrained, mask), content, wording, mask, square, clusters))
+    tables.append(table(look(signals, first_out, floor, mask), content, wording, mask, square, clusters))
     of = args.model or found.args.model
     text = f"{len(mask)} responses of {found.args.model} ({args.truth}); signals of {of}.\n\n"
     text += "\n\n".join(map(markdown, tables)) + "\n"

@@ -56,13 +56,18 @@ def test_the_baseline_is_pooled_and_differences_are_what_was_planted(monkeypatch
     assert e.low < 3.0 < e.high and e.high - e.low < 0.5, "the seeds, which differ much more, are taken out"
 
 
-def planted_runs(more: dict[str, float]) -> list[dict]:
-    """Twenty runs of each of these arms, with so many points of area more, and twice as many at the last step."""
+def planted_runs(more: dict[str, float], early: float = 0.0) -> list[dict]:
+    """Twenty runs of each of these arms, with so many points more in area and at the end.
+
+    At half of the steps all arms are alike, but the loud one of 20 steps, which is `early` ahead.
+    """
     rng, runs = np.random.default_rng(0), []
     for arm, gain in more.items():
+        ahead = early if arm == f"{decisive.LOUD_ARM}, 20 steps" else 0.0
         for seed in range(20):
-            area = 40 + gain + 0.3 * rng.normal()
-            runs.append({"arm": arm, "seed": seed, "area": area, "half": area, "end": 2 * area})
+            area, half, end = 40 + np.array([gain, ahead, gain]) + 0.3 * rng.normal(size=3)
+            runs.append({"arm": arm, "seed": seed, "area": area, "half": half, "end": end, "change": end - half})
+            runs[-1]["grad_norm"] = [0.2, 1.2]
     return runs
 
 
@@ -71,7 +76,7 @@ def planted_runs(more: dict[str, float]) -> list[dict]:
     [(1.0, 2.0, "Gains"), (-1.0, 2.0, "Loses"), (0.0, 2.0, "No gain of 0."), (1.0, 0.0, "Unable to see")],
 )
 def test_the_decisive_experiment_is_called_as_its_protocol_says(gain, control, says, monkeypatch):
-    arms = {"uniform": 0.0, "coupled": gain, decisive.LOUD: 0.0, "uniform, minibatches of 32": control}
+    arms = {"uniform": 0.0, "coupled": gain, decisive.LOUD_ARM: 0.0, "uniform, minibatches of 32": control}
     runs = planted_runs(arms)
     monkeypatch.setattr(decisive, "read_runs", lambda: runs)
     unfinished = "- Round decisive: UNFINISHED: 80 of 280 runs are there. As far as they go:"
@@ -79,18 +84,22 @@ def test_the_decisive_experiment_is_called_as_its_protocol_says(gain, control, s
     enough = {arm: decisive.Plan(20, plan.arm) for arm, plan in decisive.ROUNDS["decisive"].items()}
     monkeypatch.setitem(decisive.ROUNDS, "decisive", enough)
     assert decisive.report().startswith(f"- Round decisive: {says}")
+    assert "- coupled: 20 of 20 runs; gradients of norm 0.70, above 1 in 50.0 % of the steps" in decisive.report()
     monkeypatch.setattr(decisive, "read_runs", lambda: runs[:23])
     assert "As far as they go: Too few runs" in decisive.report()
 
 
-@pytest.mark.parametrize("late, says", [(1.0, "The gain lasts"), (0.0, "The gain is lost"), (-1.0, "is lost")])
-def test_a_gain_lasts_or_is_lost_as_the_protocol_says(late, says, monkeypatch):
-    arms = {"uniform": 0.0, "coupled": 0.0, decisive.LOUD: 1.0, "uniform, minibatches of 32": -2.0}
-    arms |= {"uniform, 20 steps": 0.0, f"{decisive.LOUD}, 20 steps": late, "random, gamma 4, q 0.2": 0.0}
-    runs = planted_runs(arms)
+@pytest.mark.parametrize(
+    "early, late, says",
+    [(1.0, 1.0, "The gain lasts"), (2.0, 1.0, "lasts"), (1.0, -0.1, "is lost"), (-0.1, -0.1, "cannot be told")],
+)
+def test_a_gain_lasts_or_is_lost_as_the_protocol_says(early, late, says, monkeypatch):
+    arms = {"uniform": 0.0, "coupled": 0.0, decisive.LOUD_ARM: 1.0, "uniform, minibatches of 32": -2.0}
+    arms |= {"uniform, 20 steps": 0.0, f"{decisive.LOUD_ARM}, 20 steps": late, "random, gamma 4, q 0.2": 0.0}
+    runs = planted_runs(arms, early)
     monkeypatch.setattr(decisive, "read_runs", lambda: runs)
     assert says in decisive.report()
-    (row,) = [line for line in decisive.report().splitlines() if line.startswith(f"| {decisive.LOUD} − random")]
+    (row,) = [line for line in decisive.report().splitlines() if line.startswith(f"| {decisive.LOUD_ARM} − random")]
     assert float(row.split("|")[2].split()[0]) == pytest.approx(1.0, abs=0.3)
 
 
@@ -102,7 +111,7 @@ def test_a_run_of_every_kind_of_arm(monkeypatch):
     monkeypatch.setattr(decisive, "SETTING", short)
     test_set = tasks.load("countdown-tiny", "test", 2)
     weights, norms = {name: w.clone() for name, w in model.state_dict().items()}, []
-    for arm in ("uniform", decisive.LOUD, "random, gamma 4, q 0.2", "coupled, gamma set once"):
+    for arm in ("uniform", decisive.LOUD_ARM, "random, gamma 4, q 0.2", "coupled, gamma set once"):
         plan = decisive.Plan(1, decisive.PLANS[arm].arm, evaluate_at=(1, 2))
         result = decisive.train_run(model, actor, weights, plan, seed=3, test_set=test_set)
         assert list(result["success"]) == ["1", "2"] and len(result["reward"]) == 2
@@ -112,7 +121,11 @@ def test_a_run_of_every_kind_of_arm(monkeypatch):
 
 
 def test_power_comes_from_the_recorded_noise():
+    """A baseline of three arms and the residuals of seven see more than five pairs of seeds would."""
     rows = {(row[0], row[2]): row for row in report.seeing()[1:]}
-    sd, seeds = float(rows["countdown", "last quarter"][3]), int(rows["countdown", "last quarter"][1])
-    assert 2 < sd < 4 and seeds == 5
-    assert stats.smallest_seen(sd, seeds) == pytest.approx(float(rows["countdown", "last quarter"][5]), abs=0.2)
+    sd, seen = (float(x) for x in rows["countdown", "last quarter"][3:])
+    assert 2 < sd < 4
+    assert seen == pytest.approx(
+        2.9 * sd * (1 / 5 * (1 + 1 / 3) / 2) ** 0.5, rel=0.1
+    )  # 80 % power: 2.9 errors at 26 df
+    assert seen < stats.smallest_seen(sd / 5**0.5, 4)
