@@ -41,7 +41,7 @@ from lab.signals import untrained
 from node.output import markdown, minutes
 from node.run import new_folder, refuse_other_args, write_args
 from node.settings import TINY, check_length, fill_defaults, load_model, parse_args
-from rollout import Chat, pad_batch, start_actor, tokenize
+from rollout import Chat, Rollout, pad_batch, start_actor, tokenize
 
 PAGES = 6  # responses shown on the page
 DEFAULTS = {  # of arguments that are not given: for the tiny model and what is trained from it; for any other model
@@ -105,16 +105,15 @@ def described(task, tokenizer, problem, rollout, response: linkage.Response) -> 
     }  # fmt: skip
 
 
-def mean_maps(
-    model, ids: list[int], first: int, layers: list[int], spans: Tensor, drop_first: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Eq. 8 for one sequence: mean maps of the local and of the global heads, response rows and columns; [T,T] each."""
+def mean_maps(model, rollout: Rollout, layers: list[int], spans: Tensor, drop_first: bool = False) -> list[np.ndarray]:
+    """Eq. 8 for one response: mean maps of the local and of the global heads, response rows and columns; [T,T] each."""
+    ids, first = [*rollout.prompt_ids, *rollout.ids], len(rollout.prompt_ids)
     with torch.no_grad(), recording(model, layers) as recorded:
         model.get_decoder()(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
     found = [sinks.without_first(recorded[layer]) if drop_first else recorded[layer] for layer in layers]
     maps = torch.cat([attention_maps(layer)[0] for layer in found])  # [heads,N,N]
     maps = maps[:, first - drop_first :, first - drop_first :].cpu()  # [heads,T,T]
-    return tuple(maps[group].mean(0).numpy() for group in split_heads(spans))
+    return [maps[group].mean(0).numpy() for group in split_heads(spans)]
 
 
 def main(args: Args) -> None:
@@ -149,6 +148,7 @@ def main(args: Args) -> None:
         actor = start_actor(
             args.engine, args.model, max_model_len, args.seed, args.kv_cache_gib, model, tokenizer, chat=template
         )
+        # 1. Sample.
         set_seed(args.seed)
         if not (folder / "responses.jsonl").exists():
             groups, verdicts = evaluate(actor, args.task, problems, 1, args.max_tokens, args.temperature)
@@ -161,21 +161,22 @@ def main(args: Args) -> None:
                              f"{linkage.H_LO + 10} tokens; nothing can be said of them")  # fmt: skip
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
+
+    # 2. Look at every head's maps.
     input_ids, mask, _ = (x.to(model.device) for x in pad_batch(rollouts))
     count = model.config.get_text_config().num_hidden_layers
     layers = {where: layer_range(count, where) for where in ("middle", "bottom", "top")}
 
-    def look(whose, where: str, drop_first: bool = args.drop_first, by_norm: bool = False) -> linkage.PerHead:
-        return linkage.per_head(
-            whose, input_ids, mask, layers[where], args.micro_tokens, drop_first=drop_first, by_norm=by_norm
-        )
+    def look(whose, where: str, **how) -> linkage.PerHead:
+        how = {"drop_first": args.drop_first, **how}
+        return linkage.per_head(whose, input_ids, mask, layers[where], args.micro_tokens, **how)
 
     looks = {where: look(model, where) for where in tqdm(layers, "maps")}
     taken = None
     if sinks.can_weigh(model, layers["middle"]):
         looks["by norm"] = look(model, "middle", by_norm=True)
         taken = looks["by norm"].first
-    other_spans = look(model, "middle", not args.drop_first).spans
+    other_spans = look(model, "middle", drop_first=not args.drop_first).spans
     responses, overlap = linkage.responses_of(looks["middle"])
     floor = linkage.responses_of(look(untrained(model, args.seed), "middle"))[0]
     share = f"{100 * rewards.mean():.1f} % of {len(rollouts)} responses right"
@@ -189,19 +190,18 @@ def main(args: Args) -> None:
         "floor": linkage.table(floor),
         "other ways": other_ways(looks),
     }  # fmt: skip
+    # 3. Force other tokens.
     if args.positions:
         seen = (model, tokenizer, rollouts, responses, input_ids, mask)
         counts = (args.max_tokens, folder / "continuations.jsonl", args.positions, args.top_k)
         found["table 1"] = perturb.table(actor, *seen, *counts)
     actor.close()
 
+    # 4. Write the pictures, the page and the tables.
     right = [i for i in long if rewards[i] == 1] or long
     shown = min(right, key=lambda i: abs(len(rollouts[i].ids) - 45))  # short, but with more than one thought
-    r = rollouts[shown]
-    maps = mean_maps(
-        model, r.prompt_ids + r.ids, len(r.prompt_ids), layers["middle"], looks["middle"].spans, args.drop_first
-    )
-    tokens = [pictures.visible(tokenizer.decode([t])) for t in r.ids]
+    maps = mean_maps(model, rollouts[shown], layers["middle"], looks["middle"].spans, args.drop_first)
+    tokens = [pictures.visible(tokenizer.decode([t])) for t in rollouts[shown].ids]
     pictures.maps_figure(*maps, responses[shown], tokens, folder / "maps.png")
     order = [shown, *(i for i in long if i != shown)][:PAGES]
     texts = [described(tasks.get(args.task), tokenizer, problems[i], rollouts[i], responses[i]) for i in order]
