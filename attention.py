@@ -196,7 +196,7 @@ def choose_heads(layer: Recorded, head: Tensor) -> Recorded:
 # key and Z of the chosen layers. The output is the same.
 
 
-NO_CREDIT = "WAAD and FAI cannot be taken from it: only --credit uniform is possible"
+NO_CREDIT = "WAAD and FAI cannot be taken from it: use --credit uniform, entropy, forking or random"
 
 
 @contextmanager

@@ -254,21 +254,22 @@ def check_logits(model) -> None:
     if not torch.allclose(ours, own, atol=tolerance):
         raise ValueError(
             f"{name}: the log-probs of grpo.token_logprobs differ from those of its own logits by "
-            f"{(ours - own).abs().max():.2g}"
+            f"{(ours - own).abs().max():.2g} (if dropout is on: call model.eval())"
         )
 
 
 def micro_batches(mask: Tensor, rows: Tensor, tokens: int) -> list[tuple[Tensor, int]]:
     """Split rows into passes of similar length with at most `tokens` tokens each, padding included.
 
-    mask [B,N]; rows [number], the row numbers to split. Returns (row numbers, columns needed) of each pass. A row is
-    never split: one that is longer than `tokens` gets a pass of its own.
+    mask [B,N]; rows [number], the row numbers to split; those without a response are left out. Returns (row numbers,
+    columns needed) of each pass. A row is never split: one that is longer than `tokens` gets a pass of its own.
 
     >>> mask = torch.tensor([[0, 1, 1, 1], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 0]]).bool()
     >>> micro_batches(mask, torch.tensor([0, 1, 2]), tokens=6)
     [(tensor([1, 2]), 3), (tensor([0]), 4)]
     """
     ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)  # [B], columns each row needs
+    rows = rows[ends[rows] > 0]  # a row without a response needs no pass
     passes, current = [], []
     for row in rows[ends[rows].argsort(stable=True)].tolist():
         width = int(ends[row])  # the longest so far: the others would be padded to it

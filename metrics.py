@@ -234,12 +234,16 @@ def softmax_layers(model, input_ids: Tensor, score: Callable = token_logprobs) -
     exact = all(layer.query.dtype == torch.float32 for layer in recorded.values())
     tolerance = 1e-2 if exact else 0.3  # two ways to compute a log-prob differ by so much in bfloat16
     if (own_entropy[:, :half] - half_entropy).abs().max() > tolerance:
-        raise ValueError(f"{name}: a token's distribution depends on the tokens after it, so the model is not causal")
+        raise ValueError(
+            f"{name}: a token's distribution depends on the tokens after it, so the model is not causal, or dropout is "
+            "on (call model.eval())"
+        )
     apart = torch.stack([own_logprobs - logprobs, own_entropy - entropy]).abs().max()
     if apart > tolerance:
         raise ValueError(
             f"{name} does something in its attention that attention.recording does not know: log-probs differ by "
-            f"{apart:.2g} with it. Only --credit uniform is possible"
+            f"{apart:.2g} with it. If dropout is on, call model.eval(); else use --credit uniform, entropy, forking or "
+            "random"
         )
 
     # The recorded rows, whole: the passes are short enough for full maps.

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from node import precision, ranks
+from node.output import in_one_line
 from node.reload import clear_prefix_cache, copy_weights, share_classes, wake
 from node.settings import (
     check_one_start,
@@ -104,7 +105,13 @@ def tokenize(tokenizer, prompts: list[str], chat: Chat | None = None) -> list[li
         before = [{"role": "system", "content": chat.system}] if chat.system else []
         chats = [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
         options = {} if chat.thinking is None else {"enable_thinking": chat.thinking}
-        encoded = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False, **options)
+        try:
+            encoded = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False, **options)
+        except Exception as e:  # jinja2's: templates refuse what their model was not taught, often a system message
+            raise ValueError(
+                f"--chat: the template of {tokenizer.name_or_path} refuses this message ({in_one_line(e)}). If it is "
+                "the system message, leave --system away"
+            ) from e
     else:
         encoded = tokenizer(prompts).input_ids
     check_one_start(tokenizer, encoded)

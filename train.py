@@ -97,7 +97,7 @@ class Args:
     stop: list[str] | None = HfArg(
         default=None, help="Texts that end a response (default: the task's own, and none with --chat)."
     )
-    reward_processes: int = HfArg(default=1, help="Processes that judge responses at the same time, for slow rewards.")
+    reward_processes: int = HfArg(default=1, help="Processes on each rank that judge responses at the same time.")
     seed: int = HfArg(default=0, help="Seed of problems, sampling and minibatches.")
 
     # The run

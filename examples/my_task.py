@@ -18,6 +18,7 @@ import uuid
 from tasks import Problem
 
 SECONDS = 10  # for the code and its tests
+stop = ("\nQuestion:",)  # texts that end a response: a base model goes on with a question of its own
 
 
 def load(split: str, data: str | None = None) -> list[Problem]:
@@ -33,7 +34,7 @@ def reward(problem: Problem, text: str) -> float:
     if "tests" in problem.answer:
         return passes_tests(text, problem.answer["tests"])
     numbers = re.findall(r"-?\d+", text)
-    return float(numbers[-1:] == [problem.answer["answer"]])
+    return float(numbers[-1:] == [str(problem.answer["answer"])])
 
 
 def passes_tests(code: str, tests: str) -> float:

@@ -183,6 +183,7 @@ def save(folder: Path, state: dict, model, tokenizer, optimizer, keep: int, args
             torch.save(state, making / "trainer.pt")
             if args:
                 write_whole(making / "train_args.json", json.dumps(asdict(args), indent=1))
+        ranks.wait_for_all()  # each rank writes into the folder, which rank 0 has now made
         _save_weights(model, making)
         moments = get_optimizer_state_dict(model, optimizer)
         dcp.save(moments, checkpoint_id=making / "optimizer", no_dist=_is_alone())

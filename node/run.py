@@ -325,10 +325,10 @@ class Run:
 
 
 def resume_command(folder: Path) -> str:
-    """The command that continues the run in this folder, with as many ranks."""
+    """The command that continues the run in this folder, with the script that was called and as many ranks."""
     world = ranks.world_size()
     command = "python" if world == 1 else f"torchrun --nproc-per-node {world} --shutdown-timeout 900"
-    return f"{command} train.py --resume {folder}"
+    return f"{command} {sys.argv[0]} --resume {folder}"
 
 
 def gap_limit_at_start(dtype: str) -> float:

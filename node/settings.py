@@ -41,13 +41,13 @@ def load_config(name: str):
     """The transformers config of a folder or hub name, as the passes here need it. ValueError, in one line, if it holds
     no causal language model."""
     folder = Path(name)
-    if not folder.exists() and folder.parent != Path(".") and folder.parent.is_dir():
-        if near := get_close_matches(folder.name, os.listdir(folder.parent), 1, cutoff=0.8):
-            raise ValueError(f"no such folder: {name!r}. Did you mean {folder.parent / near[0]}?")
     try:
         adapter = find_adapter_config_file(name)
         config = None if adapter else AutoConfig.from_pretrained(name)
     except Exception as e:  # transformers' own, and those of the libraries below it
+        if not folder.exists() and folder.parent != Path(".") and folder.parent.is_dir():
+            if near := get_close_matches(folder.name, os.listdir(folder.parent), 1, cutoff=0.8):
+                raise ValueError(f"no such folder: {name!r}. Did you mean {folder.parent / near[0]}?") from e
         where = "" if os.path.isdir(name) else " (no such folder here, so it was looked up on the hub)"
         raise ValueError(f"cannot load a model from {name!r}{where}: {in_one_line(e)}") from e
     if adapter:

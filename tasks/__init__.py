@@ -49,6 +49,7 @@ def get(name: str) -> Task:
     sys.path.append(str(path.parent))  # it may import what lies beside it
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # where dataclasses and pickle look for the file's own classes
     try:
         spec.loader.exec_module(module)
     except Exception as e:  # whatever the user's file raises
@@ -76,7 +77,8 @@ def load(name: str, split: str = "test", n: int | None = None, seed: int = 0, da
         return task.load(split, data, n, rng)
     if name in TASKS and data is None and split not in task.splits:  # a local file is the split that is asked for
         others = [t for t, other in TASKS.items() if isinstance(other, Countdown) or split in other.splits]
-        raise ValueError(f"task {name!r} has no {split} split; these have one: {', '.join(others)}")
+        way_out = "; train.py takes one of them as --eval_task, or a file as --eval_data" if split == "test" else ""
+        raise ValueError(f"task {name!r} has no {split} split; these have one: {', '.join(others)}{way_out}")
     found = task.load(split, data) if name in TASKS else _load_from_file(name, task, split, data)
     if n is not None and n > len(found):
         raise ValueError(f"task {name!r} has no {n} distinct {split} problems, only {len(found)}")
@@ -182,7 +184,7 @@ def _judge_one(name: str, problem: Problem, text: str) -> tuple[float, str | Non
     task = get(name)
     try:
         reward = float(task.reward(problem, text))
-    except Exception as e:  # whatever the user's file raises: it is counted, and the first one is printed
+    except (Exception, SystemExit) as e:  # whatever the user's file raises: it is counted, and the first is printed
         where = _where(e, Path(name).resolve())
         return 0.0, f"reward raised {where}, for the response {text[:60]!r} to the prompt {problem.prompt[-60:]!r}"
     if not 0 <= reward <= 1:  # NaN is not, either
@@ -199,7 +201,7 @@ def _pool(processes: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
 
 
-def _where(e: Exception, path: Path) -> str:
+def _where(e: BaseException, path: Path) -> str:
     """An exception in one line: its type, its text, and the last line of the user's file that it passed."""
     lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
     text = (str(e).strip() or "no text").splitlines()[0]

@@ -213,7 +213,7 @@ def test_samples():
         (("aime23",), "unknown task 'aime23': choose one of countdown, .*zebralogic"),
         (("aime24", "dev"), "unknown split 'dev': choose train or test"),
         (("aime24", "train"), "'aime24' has no train split; these have one: countdown, .*math, gsm8k, crossthink-qa$"),
-        (("math", "test"), "'math' has no test split; these have one: .*math500"),
+        (("math", "test"), "'math' has no test split; these have one: .*math500.*--eval_task"),
         (("aime24", "test", 4, 0, local("aime24")), "'aime24' has no 4 distinct test problems, only 3"),
         (("aime24", "test", None, 0, "none.jsonl"), "^none.jsonl: no such file"),
         (("aime24", "test", None, 0, __file__), "unknown type '.py', give a .json, .jsonl or .parquet file"),

@@ -170,6 +170,9 @@ def test_micro_batches_hold_every_row_once_within_the_budget():
         assert len(index) * n <= 200 and n == int(lengths[index].max()) + 3
     assert [len(r) for r, _ in grpo.micro_batches(mask, rows[:3], tokens=1)] == [1, 1, 1]
     assert grpo.micro_batches(mask, rows[:0], tokens=9) == []
+    empty_first = torch.cat([torch.zeros_like(mask[:1]), mask])
+    found = grpo.micro_batches(empty_first, torch.arange(2), tokens=1)
+    assert [(r.tolist(), n > 0) for r, n in found] == [([1], True)], "a row without a response needs no pass"
 
 
 def test_update_does_not_depend_on_the_micro_batches():

@@ -187,12 +187,13 @@ def test_the_size_of_a_checkpoint_is_known_and_a_full_disk_is_named(four_steps, 
 
 def test_ctrl_c_says_what_follows_and_a_second_one_saves_the_step_before(tmp_path, monkeypatch, capfd, four_steps):
     monkeypatch.setattr(node_run, "SAME_SIGNAL", -1)
+    monkeypatch.setattr("sys.argv", ["my_train.py"])
     with monkeypatch.context() as patch:
         at_call(patch, "sample_batch", 3, lambda: interrupt(2))
         run(*QUICK, "--steps", 4, "--out", tmp_path / "run")
     out, err = capfd.readouterr()
     assert "Ctrl-C: finishing step 3, then saving. A second Ctrl-C stops now" in err
-    assert "saving step 2" in out and "stopped after step 2, as asked. To resume: python train.py --resume" in out
+    assert "saving step 2" in out and "stopped after step 2, as asked. To resume: python my_train.py --resume" in out
     run("--resume", tmp_path / "run")
     assert what_was_sampled(tmp_path / "run") == what_was_sampled(four_steps), "as if it had not been stopped"
     mine, theirs = (settings.load_model(str(f / "checkpoint-4"), "cpu")[0] for f in (tmp_path / "run", four_steps))
@@ -220,11 +221,14 @@ def test_a_second_ctrl_c_in_an_update_says_what_is_lost(tmp_path, monkeypatch, c
 @pytest.mark.parametrize("evaluation_number, saved", [(1, []), (2, ["checkpoint-1"])])
 def test_ctrl_c_ends_an_evaluation_at_once(evaluation_number, saved, tmp_path, monkeypatch, capsys):
     after = []
+    monkeypatch.setattr("sys.argv", ["my_train.py"])
     at_call(monkeypatch, "evaluate", evaluation_number, lambda: (interrupt(), after.append("not at once")))
     run(*QUICK, "--steps", 4, "--eval_every", 1, "--out", tmp_path / "run")
     assert not after and [p.name for p in checkpoint.list_checkpoints(tmp_path / "run")] == saved
     where = "after step 1" if saved else "before the first step"
-    assert f"stopped {where}, as asked. To resume: python train.py --resume {tmp_path}/run" in capsys.readouterr().out
+    assert (
+        f"stopped {where}, as asked. To resume: python my_train.py --resume {tmp_path}/run" in capsys.readouterr().out
+    )
     assert node_run.read_args(train.Args(resume=str(tmp_path / "run"))).steps == 4
 
 

@@ -50,6 +50,7 @@ def test_the_example_loads_and_judges(tmp_path, monkeypatch):
     reward = tasks.get(EXAMPLE).reward
     monkeypatch.setattr(tasks.get(EXAMPLE), "SECONDS", 2)
     assert [reward(one, text) for text in ("it is 42", "42 or 43", "")] == [1.0, 0.0, 0.0]
+    assert reward(tasks.Problem("", {"answer": 42}), "42") == 1.0
     code = {
         "def f(x): return x * x": 1.0,
         "def f(x): return x + x": 0.0,
@@ -105,6 +106,43 @@ def test_a_reward_that_raises_counts_as_0_and_is_named(tmp_path):
     assert "reward returned nan, which is not from 0 to 1, for the response 'b' to the prompt 'say a'" in errors[0]
     assert "reward raised KeyError: 'c' (my.py, line 3), for the response 'c'" in errors[1]
     assert "reward returned 3.5, which is not from 0 to 1, for the response 'd'" in errors[2]
+
+
+def test_a_reward_that_exits_counts_as_0(tmp_path):
+    file = write(tmp_path / "my.py", "def load(s, d=None): return []\ndef reward(p, text): exit(text)")
+    rewards, errors, _ = tasks.judge(file, [tasks.Problem("")], [["0"]])
+    assert rewards == [[0.0]] and "reward raised SystemExit: 0 (my.py, line 2)" in errors[0]
+
+
+def test_a_task_file_may_have_classes_of_its_own(tmp_path):
+    """Dataclasses and pickle look a class up in the module of its name."""
+    text = """
+from __future__ import annotations
+from dataclasses import dataclass
+from tasks import Problem
+
+@dataclass
+class Answer:
+    value: int
+
+def load(split, data=None):
+    return [Problem("6 * 7 =", Answer(42))]
+
+def reward(problem, text):
+    return float(text == str(problem.answer.value))
+"""
+    file = write(tmp_path / "with_a_class.py", text)
+    for processes in (1, 2):
+        found = tasks.judge(file, tasks.load(file, "train"), [["42", "43"]], processes=processes)
+        assert found == ([[1.0, 0.0]], [], 0)
+    tasks._pool.cache_clear()
+
+
+def test_a_template_that_refuses_a_message_is_one_line():
+    tokenizer = settings.load_tokenizer(settings.TINY, 1)
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ValueError, match=r"refuses this message \(System role not supported\)"):
+        tokenize(tokenizer, ["1"], Chat(system="Be brief."))
 
 
 def test_several_processes_judge_as_one_does():

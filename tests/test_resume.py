@@ -68,12 +68,13 @@ def after_step(monkeypatch, number, do):
 
 def test_a_signal_saves_and_the_run_goes_on_to_the_bit(tmp_path, monkeypatch, capsys, uninterrupted):
     how = [*SMALL, "--steps", 5, "--out", tmp_path / "run"]
+    monkeypatch.setattr("sys.argv", ["my_train.py"])
     for number, steps, after in ((signal.SIGTERM, 1, 1), (signal.SIGINT, 3, 4)):
         before = signal.getsignal(number)
         with monkeypatch.context() as patch:
             after_step(patch, steps, lambda number=number: os.kill(os.getpid(), number))
             run(*how)
-        said = f"stopped after step {after}, as asked. To resume: python train.py --resume {tmp_path}/run"
+        said = f"stopped after step {after}, as asked. To resume: python my_train.py --resume {tmp_path}/run"
         assert said in capsys.readouterr().out
         assert signal.getsignal(number) == before
         how = ["--resume", tmp_path / "run"]
