@@ -88,8 +88,7 @@ def seeing() -> list[list[str]]:
     compared.append(("decisive", 100, "area", decisive_values(), "uniform"))
     for name, seeds, measure, found, base in compared:
         _, error, df = contrast_parts(found, "coupled", base)
-        sd = fit(found).sd * 2**0.5  # seeds taken out: of a paired difference
-        rows.append([name, str(seeds), measure, f"{sd:.1f}", f"{smallest_seen(error, df):.1f}"])
+        rows.append([name, str(seeds), measure, f"{fit(found).sd * 2**0.5:.1f}", f"{smallest_seen(error, df):.1f}"])
     return rows
 
 
@@ -145,9 +144,10 @@ def direction_of(record: dict, column: str, amp: float | None = None) -> dict[st
 
 
 def decisive_values() -> list[Value]:
-    """The area over the first ten steps in the decisive experiment's runs of equal minibatches."""
-    kept = [run for run in decisive.read_runs() if not run["arm"].endswith(("minibatches of 32", "20 steps"))]
-    return [Value(run["arm"], run["seed"], run["area"]) for run in kept]
+    """The area over the first ten steps in the decisive runs of equal minibatches, of arms with five runs or more."""
+    runs, others = decisive.read_runs(), ("minibatches of 32", "20 steps")
+    arms = {arm for arm in decisive.PLANS if sum(run["arm"] == arm for run in runs) >= 5 and not arm.endswith(others)}
+    return [Value(run["arm"], run["seed"], run["area"]) for run in runs if run["arm"] in arms]
 
 
 def dose(record: dict) -> list[list[str]]:
@@ -155,8 +155,8 @@ def dose(record: dict) -> list[list[str]]:
     rows = [["runs", "arms", "points of area per % that one minibatch points better", "p"]]
     first = ("first ones, gamma 4 (found afterwards)", dose_values(pool=False), 4.0)
     for name, runs, amp in (first, ("decisive", decisive_values(), None)):
-        arms = {run.arm for run in runs}
-        x = {arm: gain for arm, gain in direction_of(record, "one minibatch", amp).items() if arm in arms}
+        mine = {run.arm for run in runs}
+        x = {arm: gain for arm, gain in direction_of(record, "one minibatch", amp).items() if arm in mine}
         e = permuted_slope(runs, x)
         rows.append([f"{len(runs)} {name}", str(len(x)), e.text("+.3f"), f"{e.p:.2g}"])
     return rows
