@@ -226,9 +226,8 @@ def test_ctrl_c_ends_an_evaluation_at_once(evaluation_number, saved, tmp_path, m
     run(*QUICK, "--steps", 4, "--eval_every", 1, "--out", tmp_path / "run")
     assert not after and [p.name for p in checkpoint.list_checkpoints(tmp_path / "run")] == saved
     where = "after step 1" if saved else "before the first step"
-    assert (
-        f"stopped {where}, as asked. To resume: python my_train.py --resume {tmp_path}/run" in capsys.readouterr().out
-    )
+    said = f"stopped {where}, as asked. To resume: python my_train.py --resume {tmp_path}/run"
+    assert said in capsys.readouterr().out
     assert node_run.read_args(train.Args(resume=str(tmp_path / "run"))).steps == 4
 
 

@@ -125,7 +125,6 @@ def test_power_comes_from_the_recorded_noise():
     rows = {(row[0], row[2]): row for row in report.seeing()[1:]}
     sd, seen = (float(x) for x in rows["countdown", "last quarter"][3:])
     assert 2 < sd < 4
-    assert seen == pytest.approx(
-        2.9 * sd * (1 / 5 * (1 + 1 / 3) / 2) ** 0.5, rel=0.1
-    )  # 80 % power: 2.9 errors at 26 df
+    error = sd / 2**0.5 * (1 / 5 + 1 / 15) ** 0.5  # of five runs less fifteen
+    assert seen == pytest.approx(2.9 * error, rel=0.1)  # 80 % power at 26 degrees of freedom
     assert seen < stats.smallest_seen(sd / 5**0.5, 4)
