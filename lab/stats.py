@@ -106,8 +106,7 @@ def permuted_slope(values: Sequence[Value], x: dict[str, float], draws: int = 40
     """The slope of the values on x, a property of the arms, with an effect of each block taken out.
 
     p comes from giving the x of one arm to another: in every order where these are at most `draws`, else in so many at
-    random. The interval holds the slopes that the same test does
-    not reject (p > 0.05), when the values less that line are tested.
+    random. The interval holds the slopes that the same test does not reject (p > 0.05), of the values less that line.
     """
     arms = sorted(x)
     kept = [v for v in values if v.arm in x]
