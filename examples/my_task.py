@@ -44,8 +44,9 @@ def passes_tests(code: str, tests: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(
-                [sys.executable, "-I", "-c", program], cwd=folder, timeout=SECONDS, capture_output=True, text=True
-            )
+                [sys.executable, "-I", "-c", program], cwd=folder, timeout=SECONDS, capture_output=True, text=True,
+                start_new_session=True,  # Ctrl-C is the run's to handle: here it would make right code fail
+            )  # fmt: skip
         except (subprocess.TimeoutExpired, ValueError, OSError):  # too slow; or it holds a null byte, or is too long
             return 0.0
     return float(done.returncode == 0 and done.stdout.endswith(passed + "\n"))

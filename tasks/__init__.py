@@ -17,8 +17,10 @@ This folder imports nothing else of ours.
 
 import importlib.util
 import multiprocessing
+import os
 import random
 import sys
+import threading
 import traceback
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -142,7 +144,13 @@ def judge(name: str, problems: list[Problem], texts: list[list[str]], processes:
         if processes == 1:
             judged = [_judge_one(name, *pair) for pair in pairs]
         else:
-            judged = _judge_in_processes(name, pairs, processes)
+            try:
+                judged = _judge_in_processes(name, pairs, processes)
+            except KeyboardInterrupt:  # the program ends: it should not wait for rewards that nobody needs
+                for number in {1, processes}:
+                    _kill(_pool(number))
+                _pool.cache_clear()
+                raise
     rewards, errors = iter([reward for reward, _ in judged]), [error for _, error in judged if error]
     return Judged([[next(rewards) for _ in responses] for responses in texts], errors, verdicts.count(None))
 
@@ -198,7 +206,26 @@ def _judge_one(name: str, problem: Problem, text: str) -> tuple[float, str | Non
 @lru_cache
 def _pool(processes: int) -> ProcessPoolExecutor:
     """Processes that judge. They are new ones (spawn), because a fork would copy the GPU's and vLLM's state."""
-    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_stand_apart)
+
+
+def _stand_apart() -> None:
+    """The first call in a judging process. Ctrl-C and SIGTERM, sent to the whole run, are the run's to handle: it still
+    needs the rewards of this step. So the process gets a session of its own, and it ends when the run has ended."""
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    os.setsid()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """End its processes now, whatever they compute."""
+    for process in list(pool._processes.values()):
+        process.kill()
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _where(e: BaseException, path: Path) -> str:

@@ -133,14 +133,17 @@ class Worker:
     """A process that runs math-verify. NoVerdict when it does not start."""
 
     def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            start_new_session=True,  # Ctrl-C is the caller's to handle: here it would spoil a verdict
-        )
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                start_new_session=True,  # Ctrl-C is the caller's to handle: here it would spoil a verdict
+            )
+        except OSError as e:  # no more processes, or no more files, may be opened
+            raise NoVerdict from e
         _alive.add(self)
         if self.read(START) != b"r":
             self.stop()

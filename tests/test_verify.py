@@ -223,7 +223,7 @@ def test_what_a_model_may_write_is_found_and_tidied_quickly():
     start = time.process_time()
     for piece in pieces:
         for gold in ("7", "3, 4", "(1, 2)", "x > 3"):
-            for text in (piece * 1_000, (piece + "1") * 500):
+            for text in (piece * 1_000, (piece + "1") * 500, "12<" + piece * 950 + ">x"):
                 try:
                     answers.is_right(gold, text[:1_000], lambda *question: False)
                 except RecursionError:  # verify.py's
@@ -243,6 +243,28 @@ def test_an_answer_that_takes_too_much_computing_has_no_verdict_and_is_remembere
     assert verify.verdict("5", "\\boxed{10^{10^{10}}}") is None, "without asking again"
     monkeypatch.undo()
     assert verify.maths("2x", "\\boxed{4x/2}") == 1.0 and not before & {process.pid for process in workers()}
+
+
+def test_all_questions_of_an_answer_share_one_deadline(monkeypatch):
+    seen, dumps = [], json.dumps
+    monkeypatch.setattr(
+        verify.json, "dumps", lambda question, **how: seen.append(question[3]) or dumps(question, **how)
+    )
+    assert verify.maths("x+1, y+1", "\\boxed{1+y, 1+x}") == 1.0
+    assert len(seen) > 1 and seen == [verify.DEADLINE] + [None] * (len(seen) - 1)
+
+
+def test_a_worker_that_cannot_be_made_gives_no_verdict(monkeypatch):
+    def refuse(*args, **options):
+        raise OSError("Resource temporarily unavailable")
+
+    verify.stop()
+    monkeypatch.setattr(verify.subprocess, "Popen", refuse)
+    assert verify.verdict("2x", "\\boxed{12x/6}") is None
+    with pytest.raises(ValueError, match="math-verify"):
+        verify.check()
+    monkeypatch.undo()
+    assert verify.maths("2x", "\\boxed{12x/6}") == 1.0, "and it is not remembered"
 
 
 def test_a_worker_that_is_late_to_start_gives_no_verdict(monkeypatch):
