@@ -22,7 +22,7 @@ import tasks
 from node import ranks
 from node.checkpoint import list_checkpoints, read_args
 from node.output import markdown, mean_interval, write_whole
-from node.settings import TINY, fill_defaults, load_tokenizer, parse_args
+from node.settings import TINY, check_rows, fill_defaults, load_tokenizer, parse_args
 from rollout import Rollout, chat, encode, start_actor
 from tasks.boxes import boxed_in_thinking_only
 
@@ -155,7 +155,10 @@ def measure(actor, task: str, problems: list[tasks.Problem], k: int, args: Args)
         },
         "no_verdict": judged_greedy.no_verdict + judged.no_verdict,
         "boxed_in_thinking_only": sum(boxed_in_thinking_only(x["text"]) for r in responses for x in r),
-        "responses": [{**asdict(p), "greedy": r[0], "sampled": r[1:]} for p, r in zip(problems, responses)],
+        "responses": [
+            {"prompt": p.prompt, "answer": getattr(p, "answer", None), "greedy": r[0], "sampled": r[1:]}
+            for p, r in zip(problems, responses)
+        ],
     }
 
 
@@ -192,7 +195,8 @@ def line(result: dict) -> str:
 
 def last_checkpoint(model: str) -> str:
     """The last checkpoint, if this is the folder of a run; else the name as it is."""
-    if not (Path(model) / "args.json").is_file():
+    is_model = (Path(model) / "config.json").is_file()
+    if is_model or not (Path(model) / "args.json").is_file():
         return model
     found = list_checkpoints(Path(model))
     if not found:
@@ -212,7 +216,8 @@ def compare_with_training(model: str, args: Args) -> list[str]:
     names = ("chat", "system", "thinking", "max_tokens")
     pairs = {name: (trained[name], getattr(args, name)) for name in names if name in trained}
     if trained.get("task") in args.task:  # each task has its own stops
-        pairs["stop"] = trained["stop"], tasks.stops(trained["task"], args.stop, args.chat)
+        then = tasks.stops(trained["task"], trained["stop"], trained["chat"])
+        pairs["stop"] = then, tasks.stops(trained["task"], args.stop, args.chat)
     others = [
         f"--{name} {then} then, {now} now" for name, (then, now) in pairs.items() if (then or None) != (now or None)
     ]
@@ -226,9 +231,11 @@ def compare_with_training(model: str, args: Args) -> list[str]:
 
 def plan(args: Args) -> list[tuple[dict, list[tasks.Problem]]]:
     """What to evaluate: (settings, problems) of each checkpoint and benchmark. ValueError for what cannot work."""
-    for name in ("samples", "max_tokens"):
+    for name in ("samples", "max_tokens", "reward_processes"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be 1 or more")
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"--seed {args.seed}: must be from 0 to {2**31 - 1}")
     if not args.kv_cache_gib > 0:
         raise ValueError(f"--kv_cache_gib {args.kv_cache_gib}: must be above 0")
     if not args.temperature > 0:
@@ -243,7 +250,8 @@ def plan(args: Args) -> list[tuple[dict, list[tasks.Problem]]]:
     for model in args.model:
         tokenizer = load_tokenizer(model, args.max_model_len)
         for task, found in problems.items():
-            encode(tokenizer, [p.prompt for p in found], args.max_tokens, args.max_model_len, chat(args))
+            prompts = encode(tokenizer, [p.prompt for p in found], args.max_tokens, args.max_model_len, chat(args))
+            check_rows(tokenizer, prompts)
             names = ("temperature", "max_tokens", "seed", "data", "chat", "system", "thinking")
             given = {name: getattr(args, name) for name in names}
             given["stop"] = tasks.stops(task, args.stop, args.chat)
@@ -268,7 +276,7 @@ def read(out: Path) -> list[dict]:
 def write(out: Path, args: Args, results: list[dict]) -> None:
     """Write all results so far."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, json.dumps({"args": asdict(args), "results": results}, indent=1, default=str))
+    write_whole(out, json.dumps({"args": asdict(args), "results": results}, indent=1, default=str, skipkeys=True))
 
 
 def find(results: list[dict], settings: dict) -> dict | None:

@@ -127,7 +127,10 @@ class Args:
         "mean gamma of coupled.",
     )
     q: float = HfArg(default=0.4, help="Share of a response's tokens to credit.")
-    gamma_amp: float = HfArg(default=1.5, help="gamma of a fully credited token, the factor on its advantage.")
+    gamma_amp: float = HfArg(
+        default=1.5,
+        help="gamma of a credited token, the factor on its advantage; coupled: of an anchor that shares nothing.",
+    )
     alpha: float = HfArg(default=0.5, help="coupled: share of a dominated anchor's bonus that goes to its intro token.")
     k: int = HfArg(default=3, help="coupled: how many tokens before an anchor are searched for its intro token.")
     sign: Literal["both", "positive", "negative"] = HfArg(default="both", help="Advantages that gamma multiplies.")
@@ -198,8 +201,9 @@ class Batch(NamedTuple):
 def sample_batch(args: Args, sampler, problems: list[tasks.Problem], clock: Clock) -> Batch:
     """G responses to each problem, and their rewards."""
     mine = ranks.my_share(problems)
+    stop = tasks.stops(args.task, args.stop, args.chat)
     with clock("generate"):
-        groups = sampler.generate([p.prompt for p in mine], n=args.group, max_tokens=args.max_tokens, stop=args.stop)
+        groups = sampler.generate([p.prompt for p in mine], n=args.group, max_tokens=args.max_tokens, stop=stop)
     with clock("reward"):
         texts = [[response.text for response in group] for group in groups]
         rewards, errors, no_verdict = tasks.judge(args.task, mine, texts, args.reward_processes)
@@ -233,10 +237,9 @@ def sample_dynamic(args: Args, sampler, problems: list[tasks.Problem], clock: Cl
 
 
 def split_into_local_and_global(args: Args, model, input_ids: Tensor, mask: Tensor) -> Heads:
-    """The head split of these rows. Spans are averages, so a sample of the batch is enough.
+    """The head split of these rows, a sample of the batch. All ranks measure the same rows, so all get the same split.
 
-    Heads at the border of a group may still change sides from one sample to the next (lab/results/directions.md).
-    All ranks measure the same rows, so all get the same split.
+    Heads at the border of a group may change sides from one sample to the next: see lab/results/directions.md.
     """
     heads = measure_heads(
         model, input_ids, mask, layers=args.layers, quantile=args.head_quantile, micro_tokens=args.micro_tokens
@@ -435,9 +438,10 @@ def main(args: Args, credit: Callable[..., Tensor] | None = None) -> None:
 
     def evaluate_held_out() -> None:
         run.begin_evaluation()
+        task = args.eval_task or args.task
         _, rewards = evaluate(
-            sampler, args.eval_task or args.task, ranks.my_share(test_set), args.eval_samples, args.max_tokens,
-            stop=args.stop, reward_processes=args.reward_processes,
+            sampler, task, ranks.my_share(test_set), args.eval_samples, args.max_tokens,
+            stop=tasks.stops(task, args.stop, args.chat), reward_processes=args.reward_processes,
         )  # fmt: skip
         run.log_evaluation(torch.tensor(ranks.all_gather(rewards.tolist())).mean(1), test_set)
 

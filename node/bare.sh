@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a machine with one GPU, torch and transformers, without vLLM and without a network: ten minutes at most.
+# On a machine with one GPU and the packages of requirements.txt but vLLM, without a network: ten minutes at most.
 # What node.check can check there, the tables of cost in bfloat16, and the memory formula. Copy the repository and run it.
 set -uo pipefail
 cd "$(dirname "$0")/.."

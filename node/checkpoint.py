@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -185,7 +186,7 @@ def save(folder: Path, state: dict, model, tokenizer, optimizer, keep: int, args
                 write_whole(making / "train_args.json", json.dumps(asdict(args), indent=1))
         ranks.wait_for_all()  # each rank writes into the folder, which rank 0 has now made
         _save_weights(model, making)
-        moments = get_optimizer_state_dict(model, optimizer)
+        moments = _moments(model, optimizer)
         dcp.save(moments, checkpoint_id=making / "optimizer", no_dist=_is_alone())
         # The manifest comes last, and the folder gets its name when all of it is on the disk.
         if first:
@@ -203,8 +204,11 @@ def save(folder: Path, state: dict, model, tokenizer, optimizer, keep: int, args
         left = list_checkpoints(folder)
         rest = f"{left[-1].name} is there: make room, then --resume {folder}" if left else "none is there before it"
         raise OSError(f"{final} could not be written ({_room(folder, model, 1) or _reason(e)}); {rest}") from e
-    for old in list_checkpoints(folder)[:-keep] if first else ():
-        shutil.rmtree(old, ignore_errors=True)
+    if first:
+        found = list_checkpoints(folder)
+        up_to_this = found[: found.index(final) + 1]  # a later one is damaged: the run went on from one before it
+        for old in up_to_this[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def try_saving(folder: Path, model, tokenizer, keep: int, saves_left: int) -> None:
@@ -339,11 +343,26 @@ def restore(path: Path, model, optimizer) -> None:
     """
     ranks.reshard(model)
     settings = [{name: x for name, x in group.items() if name != "params"} for group in optimizer.param_groups]
-    moments = get_optimizer_state_dict(model, optimizer)  # the present ones: what is read replaces them
-    dcp.load(moments, checkpoint_id=path / "optimizer", no_dist=_is_alone())
+    moments = _moments(model, optimizer)  # the present ones: what is read replaces them
+    # Partial: weights that had no gradient yet, such as those of an indexer, have no moments in the checkpoint.
+    planner = DefaultLoadPlanner(allow_partial_load=True)
+    dcp.load(moments, checkpoint_id=path / "optimizer", planner=planner, no_dist=_is_alone())
     set_optimizer_state_dict(model, optimizer, moments)
     for group, own in zip(optimizer.param_groups, settings):
         group.update(own)
+
+
+def _moments(model, optimizer) -> dict:
+    """AdamW's state, to be written, or to be read into. If there is none yet, it is made, and counts no steps.
+
+    torch makes it by a step with gradients of 0, and would count that one.
+    """
+    is_new = not optimizer.state
+    moments = get_optimizer_state_dict(model, optimizer)
+    if is_new:
+        for of_weight in (*optimizer.state.values(), *moments["state"].values()):
+            of_weight["step"].zero_()
+    return moments
 
 
 def _is_alone() -> bool:

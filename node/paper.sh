@@ -4,9 +4,9 @@
 # 8,192 tokens, 500 steps on 8 GPUs (4B) or 600 on 16 (8B; 8 here). Ours, where it is silent: groups of 8, an evaluation
 # every 50 steps. After Ctrl-C or SIGTERM torchrun waits for the step to end and be saved, 15 minutes at most.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+train=$(dirname "$0")/../train.py
 run() {
-    torchrun --nproc-per-node 8 --shutdown-timeout 900 train.py --prompts 64 --group 8 --minibatches 16 --lr 1e-6 \
+    torchrun --nproc-per-node 8 --shutdown-timeout 900 "$train" --prompts 64 --group 8 --minibatches 16 --lr 1e-6 \
         --eval_every 50 --kv_cache_gib 24 "$@"
 }
 name=${1:-}; shift || true

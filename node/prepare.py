@@ -19,7 +19,7 @@ from node import memory, precision, ranks
 from node.checkpoint import load_sharded
 from node.checkpoint import read_args as read_checkpoint_args
 from node.run import fingerprint, import_report, read_args
-from node.settings import fill_defaults, load_config, load_tokenizer
+from node.settings import check_rows, fill_defaults, load_config, load_tokenizer
 from rollout import chat, tokenize
 
 
@@ -33,7 +33,6 @@ def complete_args(args, defaults: dict):
     else:
         args, note = fill_defaults(args, defaults, args.model)
         ranks.print_once(note)
-        args = replace(args, stop=tasks.stops(args.task, args.stop, args.chat))
     if args.dtype == "auto":
         args = replace(args, dtype=precision.choose_dtype("auto", load_config(args.model)))
     check_args(args)
@@ -118,7 +117,9 @@ def load_problems(args, tokenizer) -> tuple[list[tasks.Problem], list[tasks.Prob
 
     # Leave out what does not fit.
     def short(problems: list[tasks.Problem], source: str, kind: str, needed: int) -> list[tasks.Problem]:
-        lengths = map(len, tokenize(tokenizer, [p.prompt for p in problems], chat(args)) if problems else [])
+        prompts = tokenize(tokenizer, [p.prompt for p in problems], chat(args)) if problems else []
+        check_rows(tokenizer, prompts)
+        lengths = map(len, prompts)
         fitting = [p for p, n in zip(problems, lengths) if 0 < n and n + args.max_tokens <= args.max_model_len]
         if needed > len(fitting):
             raise ValueError(

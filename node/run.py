@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import shlex
 import signal
 import sys
 import time
@@ -39,8 +40,9 @@ from node.output import mean_interval, minutes, read_lines, write_whole
 from node.samples import spell_sample
 
 # The largest mean |logp_vllm - logp_torch| that rounding can explain. Above it, the sampler has other weights.
-# In bfloat16 the size of rounding errors depends on the model. So after the first GAP_STEPS steps the limit is
-# GAP_FACTOR times their mean, but at least LEAST_LIMIT, because the first steps may have had few tokens.
+# In bfloat16 the size of rounding errors depends on the model. So after the first GAP_STEPS steps since the start, or
+# since --resume, the limit is GAP_FACTOR times their mean, but at least LEAST_LIMIT, because these steps may have had
+# few tokens.
 # On a GPU vLLM multiplies float32 numbers in TF32, which has ten bits.
 GAP_LIMIT = {"float32": 1e-3, "TF32": 1e-2, "bfloat16": 0.3}
 GAP_STEPS, GAP_FACTOR, LEAST_LIMIT = 3, 5, 0.02
@@ -87,7 +89,8 @@ class Run:
             write_args(args, self.folder)  # a resumed run may have been given more steps
         state = state or {"step": 0, "data_position": 0, "baseline_success": None, "skips": 0, "heads": None}
         self.step, self.data_position, self.skips = state["step"], state["data_position"], state["skips"]
-        self.saved_step, self.evaluated_step = self.step, None
+        self.started_at = self.saved_step = self.step
+        self.evaluated_step = None
         if ranks.rank() == 0:
             saves_left = math.ceil(args.steps / args.save_every) - self.step // args.save_every
             checkpoint.try_saving(self.folder, model, tokenizer, args.keep, saves_left)
@@ -180,8 +183,9 @@ class Run:
 
     def gap_limit(self) -> float:
         """The gap_mean above which the run stops, at this step."""
-        first = [r["gap_mean"] for r in self.log.records if "gap_mean" in r][:GAP_STEPS]
-        if self.args.dtype == "float32" or self.step <= GAP_STEPS:
+        steps = [r for r in self.log.records if "gap_mean" in r and r["step"] > self.started_at]
+        first = [r["gap_mean"] for r in steps[:GAP_STEPS]]
+        if self.args.dtype == "float32" or len(steps) <= GAP_STEPS:
             return gap_limit_at_start(self.args.dtype)
         return max(GAP_FACTOR * sum(first) / len(first), LEAST_LIMIT)
 
@@ -206,8 +210,9 @@ class Run:
                 self.save()
             ranks.exit_with_error(
                 f"step {self.step}: the sampler's log-probabilities differ from the trainer's by {gap:.4f} on average, "
-                "more than rounding can explain. Its weights were not reloaded (or, if the difference is not a number, "
-                f"the update diverged: lower --lr). See {self.log.path}"
+                f"more than rounding can explain (limit {self.gap_limit():.4f}). Its weights were not reloaded (or, if "
+                f"the difference is not a number, the update diverged: lower --lr). See {self.log.path}. In bfloat16 "
+                "--resume measures the limit anew"
             )
         # The update.
         if self.skips == SKIP_LIMIT:
@@ -328,7 +333,7 @@ def resume_command(folder: Path) -> str:
     """The command that continues the run in this folder, with the script that was called and as many ranks."""
     world = ranks.world_size()
     command = "python" if world == 1 else f"torchrun --nproc-per-node {world} --shutdown-timeout 900"
-    return f"{command} {sys.argv[0]} --resume {folder}"
+    return f"{command} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}"
 
 
 def gap_limit_at_start(dtype: str) -> float:

@@ -178,9 +178,13 @@ def load_tokenizer(name: str, max_model_len: int | None = None):
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError(f"there is no tokenizer in {name!r}: copy its files (tokenizer.json, ...) into the folder")
 
-    # Each token needs a row of the model's embedding. Only padding needs none, because nobody reads it.
+    # Each token needs a row of the model's embedding. Padding needs none, because nobody reads it; and special tokens
+    # may stand for images, which no text has (Gemma 3 of 1B): check_rows refuses a prompt that has one.
     rows = config.get_text_config().vocab_size
-    homeless = [token for token, i in tokenizer.get_vocab().items() if i >= rows and token != tokenizer.pad_token]
+    marks = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - marks
+    needless = special | {tokenizer.pad_token}
+    homeless = [token for token, i in tokenizer.get_vocab().items() if i >= rows and token not in needless]
     if homeless:
         raise ValueError(
             f"the tokenizer of {name!r} has {len(tokenizer)} tokens and the model's embedding {rows}: they do "
@@ -203,6 +207,18 @@ def load_tokenizer(name: str, max_model_len: int | None = None):
             "response would end: set eos_token_id there"
         )
     return tokenizer
+
+
+def check_rows(tokenizer, prompts: list[list[int]]) -> None:
+    """ValueError if a prompt, given as token numbers, has a token without a row of the model's embedding."""
+    name = tokenizer.name_or_path
+    rows = load_config(name).get_text_config().vocab_size
+    for ids in prompts:
+        if ids and max(ids) >= rows:
+            raise ValueError(
+                f"a prompt has the token {tokenizer.decode([max(ids)])!r}, for which {name} has no row in its "
+                f"embedding: take it out of the text: {tokenizer.decode(ids)[:80]!r}"
+            )
 
 
 def check_one_start(tokenizer, prompts: list[list[int]]) -> None:

@@ -5,8 +5,10 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,60 @@ def test_a_response_that_kills_its_judging_process_counts_as_0_and_the_others_as
     tasks._pool.cache_clear()
 
 
+JUDGE = """
+import os, signal, sys, time
+import tasks
+
+if __name__ == "__main__":
+    asked = []
+    if sys.argv[2] == "finish":
+        signal.signal(signal.SIGINT, lambda *_: asked.append("SIGINT"))
+        signal.signal(signal.SIGTERM, lambda *_: asked.append("SIGTERM"))
+    try:
+        print(tasks.judge(sys.argv[1], [tasks.Problem("1")], [["a"] * 4], processes=2).rewards, *asked)
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+SLOW = """
+import os, time
+from pathlib import Path
+def load(split, data=None): return []
+def reward(problem, text):
+    Path(__file__).with_name(f"pid-{os.getpid()}").touch()
+    while not Path(__file__).with_name("go").exists():
+        time.sleep(0.05)
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize("what", ["finish", "interrupt", "kill"])
+def test_signals_to_the_run_are_not_those_of_its_judging_processes(what, tmp_path):
+    """A run that is asked to stop finishes its step, rewards and all; one that ends at once waits for none of them."""
+    task = write(tmp_path / "slow.py", SLOW)
+    script = write(tmp_path / "judge.py", JUDGE)
+    environment = os.environ | {"PYTHONPATH": str(Path(tasks.__file__).parents[1])}
+    run = subprocess.Popen(
+        [sys.executable, script, task, what], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while len(pids := [int(file.name[4:]) for file in tmp_path.glob("pid-*")]) < 2:  # both processes judge
+        assert run.poll() is None
+        time.sleep(0.05)
+    numbers = {"finish": (signal.SIGINT, signal.SIGTERM), "interrupt": (signal.SIGINT,), "kill": (signal.SIGKILL,)}
+    for number in numbers[what]:
+        os.killpg(run.pid, number)  # as a terminal and torchrun do
+    if what == "finish":
+        (tmp_path / "go").touch()
+    out, _ = run.communicate(timeout=60)
+    said = {"finish": "[[1.0, 1.0, 1.0, 1.0]] SIGINT SIGTERM\n", "interrupt": "interrupted\n", "kill": ""}
+    assert out == said[what]
+    for _ in range(200):
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("a judging process outlived its run")
+
+
 SHORT = dict(engine="torch", prompts=2, group=4, minibatches=2, max_tokens=24, eval_problems=4)
 
 
@@ -180,6 +236,8 @@ def test_a_part_of_the_data_is_held_out(tmp_path, capsys):
     assert prepare.load_problems(args, tokenizer) == (train_set, test_set), "always the same ones"
     with pytest.raises(ValueError, match="are the same file"):
         prepare.load_problems(arguments(task=task, data=data, eval_data=data), tokenizer)
+    _, test_set = prepare.load_problems(arguments(task=task, data=data, eval_task="countdown-tiny"), tokenizer)
+    assert test_set == tasks.load("countdown-tiny", "test", 4), "not a part of the data"
     other = write_rows(tmp_path / "others.jsonl", 10)
     train_set, test_set = prepare.load_problems(arguments(task=task, data=data, eval_data=other), tokenizer)
     assert len(train_set) == 36 and len(test_set) == 4
@@ -233,6 +291,41 @@ def test_fractional_rewards_train_and_have_no_pass_at_j(tmp_path, monkeypatch, c
         evaluation.pass_at(1, torch.tensor([[0.5, 1.0]]))
 
 
+def test_each_task_has_its_own_stops_and_problems_of_any_kind(tmp_path, monkeypatch):
+    """The held-out task's responses end at its own texts; problems that are no tasks.Problem train and are kept."""
+    own_problem = TINY_TASK.replace("from tasks import Problem", "from collections import namedtuple").replace(
+        "\ndef load", "\nProblem = namedtuple('Problem', 'prompt cells')\n\ndef load"
+    )
+    own_problem = own_problem.replace('<think>")', '<think>", {(0, 1): 2})')
+    task = write(tmp_path / "my.py", own_problem + "\nstop = ('y',)\n")
+    always_right = own_problem.replace("len(set(text)) / 30", "1.0")
+    held_out = write(tmp_path / "other.py", always_right + "\nstop = ('n',)\n")
+    data = write_rows(tmp_path / "rows.jsonl")
+    seen, generate = [], TorchActor.generate
+
+    def remember(self, prompts, n, max_tokens, temperature=1.0, stop=(), **options):
+        seen.append(stop)
+        return generate(self, prompts, n, max_tokens, temperature, stop, **options)
+
+    monkeypatch.setattr(TorchActor, "generate", remember)
+    args = train.Args(
+        task=task, data=data, eval_task=held_out, eval_data=data, out=str(tmp_path / "run"), steps=1, **SHORT
+    )
+    args.eval_data = write_rows(tmp_path / "others.jsonl", 8)
+    train.main(args)
+    assert seen == [["n"], ["y"], ["n"]]
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["success"] for r in log if "success" in r] == [1.0, 1.0], "judged by the held-out task"
+    out = tmp_path / "x.json"
+    args = evaluation.Args(
+        model=[str(tmp_path / "run")], task=[task], data=data, engine="torch", problems=2, max_tokens=24, out=str(out)
+    )
+    evaluation.main(args)
+    assert seen[3:] == [["y"], ["y"]]
+    ((row, _),) = [result["responses"] for result in json.loads(out.read_text())["results"]]
+    assert row["prompt"].endswith("<think>") and row["answer"] is None
+
+
 def test_a_run_whose_every_reward_raises_ends_with_a_checkpoint(tmp_path):
     text = TINY_TASK.replace("return len(set(text)) / 30", "return 1 / 0")
     task, data = write(tmp_path / "my.py", text), write_rows(tmp_path / "rows.jsonl")
@@ -240,6 +333,9 @@ def test_a_run_whose_every_reward_raises_ends_with_a_checkpoint(tmp_path):
     with pytest.raises(SystemExit, match=r"step 1: all 8 rewards raised.*division by zero \(.*, line 9\)"):
         train.main(args)
     assert (tmp_path / "run" / "checkpoint-1").is_dir()
+    args = train.Args(task=task, data=data, out=str(tmp_path / "dynamic"), steps=3, dynamic=True, **SHORT)
+    with pytest.raises(SystemExit, match="step 1: all 32 rewards raised"):
+        train.main(args)
 
 
 # ---- Chat templates, and texts that end a response ----
@@ -262,6 +358,17 @@ def test_chat():
         prepare.load_problems(arguments(system="2"), tokenizer)
 
 
+def test_a_run_with_chat_samples_from_the_template(tmp_path):
+    model, tokenizer = settings.load_model("assets/tiny")
+    tokenizer.chat_template = TEMPLATE
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    how = dict(model=str(tmp_path / "model"), task="countdown-tiny", chat=True, system="2", thinking="on")
+    train.main(train.Args(**how, steps=1, out=str(tmp_path / "run"), **SHORT))
+    sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
+    assert re.fullmatch(r"324\d[^<]*<think>><think>", sample["prompt"])
+
+
 @pytest.mark.vllm
 def test_stop(tmp_path):
     folder = shutil.copytree("assets/tiny", tmp_path / "tags")  # whose tags are special tokens: they count all the same
@@ -280,6 +387,9 @@ def test_stop(tmp_path):
             if b.text != a.text:
                 before = tokenizer.decode(b.ids[:-1])
                 assert not b.truncated and cut_at(before, ["n\n", "y<"]) == before
+                assert cut_at(tokenizer.decode(b.ids), ["n\n", "y<"]) == b.text != tokenizer.decode(b.ids)
+        again = sampler.generate(prompts, max_tokens=64, temperature=0.0, stop=["<think>"])
+        assert [r.ids for (r,) in again] == [r.ids for (r,) in whole], "a stop in the prompt ends nothing"
         assert sum(len(b.ids) < len(a.ids) for (a,), (b,) in zip(whole, stopped)) > 2
         sampler.close()
     assert tasks.stops("gsm8k", None, chat=False) == ["\n\nQuestion:"] and tasks.stops("gsm8k", None, chat=True) == []

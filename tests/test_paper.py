@@ -20,8 +20,8 @@ def paper_sh(name, folder):
     (folder / "torchrun").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     (folder / "torchrun").chmod(0o755)
     environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
-    command = ["bash", "node/paper.sh", name, "--seed", "7"]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = ["bash", str(ROOT / "node/paper.sh"), name, "--seed", "7"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_all_five_are_there():
@@ -31,7 +31,9 @@ def test_all_five_are_there():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_line_of(name, tmp_path):
     launch, script, flags = paper_sh(name, tmp_path).stdout.partition("train.py\n")
-    assert launch.split() == ["--nproc-per-node", "8", "--shutdown-timeout", "900"] and script
+    *options, folder = launch.split("\n")
+    assert options == ["--nproc-per-node", "8", "--shutdown-timeout", "900"]
+    assert script and Path(folder).resolve() == ROOT, "found from any folder"
     (args,) = HfArgumentParser(train.Args).parse_args_into_dataclasses(flags.splitlines())
     assert args.seed == 7 and not [field for field in train.DEFAULTS if getattr(args, field) is None]
     prepare.check_args(args)

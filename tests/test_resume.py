@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 import train
-from node import checkpoint
+from node import checkpoint, settings
 from node import run as node_run
 
 SMALL = ["--engine", "torch", "--prompts", "4", "--group", "4", "--minibatches", "2", "--eval_problems", "4",
@@ -82,6 +83,16 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(tmp_path, monkeypatch, ca
     assert same(outcome(tmp_path / "run"), uninterrupted)
 
 
+def test_the_gain_counts_from_before_the_first_step_also_after_a_resume(tmp_path, monkeypatch, capsys):
+    found, started, limit = iter([0.0, 0.5, 1.0, 1.0]), [], node_run.Run.gap_limit
+    monkeypatch.setattr(train, "evaluate", lambda *args, **how: ([], torch.full((4, 2), next(found))))
+    monkeypatch.setattr(node_run.Run, "gap_limit", lambda self: started.append(self.started_at) or limit(self))
+    run(*SMALL, "--steps", 2, "--out", tmp_path / "run")
+    run("--resume", tmp_path / "run", "--steps", 3)
+    assert "0.0 % -> 100.0 %, +100.0 points" in capsys.readouterr().out
+    assert started == [0, 0, 2], "gap_mean is compared with the first steps since the start or the resume"
+
+
 def test_more_steps_may_be_added_and_nothing_else(tmp_path, capsys, uninterrupted):
     run(*SMALL, "--steps", 3, "--out", tmp_path / "run")
     with pytest.raises(SystemExit, match="Remove --lr"):
@@ -103,6 +114,7 @@ DAMAGE = {
     "a flipped bit in the state": lambda c: (c / "trainer.pt").write_bytes(
         bytes(b ^ (i == 500) for i, b in enumerate((c / "trainer.pt").read_bytes()))
     ),
+    "moments cut off": lambda c: os.truncate(max((c / "optimizer").iterdir(), key=lambda f: f.stat().st_size), 1000),
     "no manifest": lambda c: (c / "manifest.json").unlink(),
     "a missing file": lambda c: (c / "tokenizer.json").unlink(),
 }
@@ -123,6 +135,56 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, monk
     captured = capsys.readouterr()
     assert "checkpoint-3 is damaged" in captured.err and "checkpoint-2" in captured.out
     assert same(outcome(tmp_path / name), uninterrupted)
+
+
+def test_the_checksum_is_of_the_whole_file(tmp_path):
+    content = bytes(2**24) + b"the second block"
+    (tmp_path / "x").write_bytes(content)
+    assert checkpoint._crc(tmp_path / "x") == zlib.crc32(content)
+
+
+def test_saving_after_a_damaged_later_checkpoint_keeps_the_new_one(tmp_path, monkeypatch, uninterrupted):
+    folder = tmp_path / "run"
+    run(*SMALL, "--steps", 3, "--keep", 1, "--out", folder)
+    shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-5")
+    DAMAGE["truncated weights"](folder / "checkpoint-5")
+    with monkeypatch.context() as patch:
+        after_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run("--resume", folder, "--steps", 5)
+    assert [p.name for p in checkpoint.list_checkpoints(folder)] == ["checkpoint-4", "checkpoint-5"]
+    run("--resume", folder)
+    assert same(outcome(folder), uninterrupted)
+
+
+def test_moments_that_do_not_exist_yet(tmp_path):
+    """A checkpoint before the first gradient counts no step; and a weight may have no gradient for the whole run."""
+
+    def begin():
+        torch.manual_seed(0)
+        model, tokenizer = settings.load_model(settings.TINY)
+        return model, tokenizer, torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0, fused=True)
+
+    def step(model, optimizer):
+        skipped = model.model.layers[3].mlp.up_proj.weight  # as the indexer of DeepSeek V3.2 is
+        model(input_ids=torch.tensor([[3, 4, 5]])).logits.square().sum().backward()
+        skipped.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def save_and_restore(name, model, tokenizer, optimizer):
+        checkpoint.save(tmp_path, {"step": name}, model, tokenizer, optimizer, keep=9)
+        again, _, new = begin()
+        again.load_state_dict(model.state_dict())
+        checkpoint.restore(tmp_path / f"checkpoint-{name}", again, new)
+        return again, new
+
+    model, tokenizer, optimizer = begin()
+    for name in range(3):
+        again, new = save_and_restore(name, model, tokenizer, optimizer)
+        step(model, optimizer)
+        step(again, new)
+        for (weight, a), b in zip(model.named_parameters(), again.parameters()):
+            assert torch.equal(a, b), weight
 
 
 def test_nothing_whole_is_an_error_and_nothing_saved_yet_a_new_start(tmp_path, monkeypatch, uninterrupted):

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, T5Config
 
+import eval as evaluation
+import tasks
 from grpo import token_logprobs
 from node import checkpoint, prepare, ranks, settings
 from rollout import Chat, TorchActor, tokenize
@@ -76,6 +78,18 @@ def add_padding(folder):
     tokenizer.save_pretrained(folder)
 
 
+def add_token(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["maths"])
+    tokenizer.save_pretrained(folder)
+
+
+def add_image_token(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})  # number 30
+    tokenizer.save_pretrained(folder)
+
+
 WRONG_WEIGHTS = {
     "a layer is missing": (
         change_weights(lambda weights: {name: x for name, x in weights.items() if ".layers.7." not in name}),
@@ -112,11 +126,13 @@ WRONG_FILES = {
     "end is a list": (set_fields("generation_config", eos_token_id=[[1]]), r"eos_token_id \[\[1\]\]"),
     "generation config is a list": (write("generation_config.json", "[1]"), "generation_config.json: "),
     "end appended": (add_marks(after=["<eos>"]), "appends '<eos>' to each text"),
+    "a token without a row": (add_token, "31 tokens and the model's embedding 30: .*'maths' has no row"),
     "start doubled": (add_marks(before=["<unk>", "<unk>"]), "a prompt starts with <unk> twice"),
 }  # fmt: skip
 HARMLESS = {
     "names without model.": change_weights(lambda weights: {k.removeprefix("model."): x for k, x in weights.items()}),
     "padding without a row": add_padding,
+    "an image token without a row": add_image_token,
     "padding of config.json without a row": set_fields("config", pad_token_id=30),
     "no padding": lambda folder: (set_fields("tokenizer_config", pad_token=None)(folder),
                                   set_fields("config", pad_token_id=None)(folder)),
@@ -154,6 +170,23 @@ def test_wrong_files_are_one_line(case, tmp_path):
     assert_one_line(message, settings.load_tokenizer, folder)
 
 
+def test_a_prompt_with_a_token_without_a_row_is_one_line(tmp_path, monkeypatch):
+    folder = str(copy_tiny(tmp_path))
+    add_image_token(folder)
+    tokenizer = settings.load_tokenizer(folder)
+    settings.check_rows(tokenizer, [tokenizer("1 2").input_ids, []])
+    with pytest.raises(ValueError, match=r"'<image>', for which .* has no row .*: '1<image>2'"):
+        settings.check_rows(tokenizer, [tokenizer("1 2").input_ids, tokenizer("1<image>2").input_ids])
+    # train.py and eval.py look at their problems.
+    problems = {split: [tasks.Problem(f"{split == 'test':d}<image>2")] * 9 for split in ("train", "test")}
+    monkeypatch.setattr(tasks, "load", lambda name, split, *more, **how: problems[split])
+    with pytest.raises(ValueError, match="has no row"):
+        prepare.load_problems(tiny_args(model=folder, prompts=2), tokenizer)
+    args, _ = settings.fill_defaults(evaluation.Args(model=[folder]), evaluation.DEFAULTS, folder)
+    with pytest.raises(ValueError, match="has no row"):
+        evaluation.plan(args)
+
+
 @pytest.mark.parametrize("case", WRONG_WEIGHTS)
 def test_wrong_weights_are_one_line_for_both_loaders(case, tmp_path, request):
     change, message = WRONG_WEIGHTS[case]
@@ -162,6 +195,13 @@ def test_wrong_weights_are_one_line_for_both_loaders(case, tmp_path, request):
     assert_one_line(message, settings.load_model, folder)
     request.getfixturevalue("process_group")
     assert_one_line(message, lambda name: checkpoint.load_sharded(name, torch.device("cpu")), folder)
+
+
+def test_ends_are_kept_by_a_model_that_is_read_in_shares(tmp_path, process_group):
+    folder = copy_tiny(tmp_path)
+    set_fields("generation_config", eos_token_id=[1, 5])(folder)
+    model = checkpoint.load_sharded(str(folder), torch.device("cpu"))
+    assert model.generation_config.eos_token_id == [1, 5]
 
 
 @pytest.mark.parametrize("case", HARMLESS)

@@ -88,13 +88,18 @@ def test_a_sampler_that_was_not_reloaded_stops_the_run(tmp_path, monkeypatch):
 
 
 def test_in_bfloat16_the_first_steps_say_what_gap_is_too_large():
-    log = type("Log", (), {"records": [{"gap_mean": g} for g in (0.01, 0.02, 0.03, 0.04)]})
-    args = tiny_args(dtype="bfloat16")
-    for step, limit in ((1, 0.3), (3, 0.3), (4, 0.1), (9, 0.1)):
-        state = type("Run", (), {"log": log, "args": args, "step": step})
-        assert node_run.Run.gap_limit(state) == pytest.approx(limit)
-    state.log = type("Log", (), {"records": [{"gap_mean": 0.0005}] * 3})
-    assert node_run.Run.gap_limit(state) == node_run.LEAST_LIMIT, "a few sure tokens are no measure"
+    gaps = [0.01, 0.02, 0.03, 0.04, 0.05, 0.05, 0.05, 0.05]
+    records = [{"step": step, "gap_mean": gap} for step, gap in enumerate(gaps, 1)]
+
+    def limit(step, resumed_at=0):
+        log = type("Log", (), {"records": records[:step]})
+        state = type("Run", (), {"log": log, "args": tiny_args(dtype="bfloat16"), "started_at": resumed_at})
+        return pytest.approx(node_run.Run.gap_limit(state))
+
+    assert [limit(1), limit(3), limit(4), limit(8)] == [0.3, 0.3, 0.1, 0.1]
+    assert [limit(5, 4), limit(7, 4), limit(8, 4)] == [0.3, 0.3, 0.25], "a resumed run measures anew"
+    records = [{"step": step, "gap_mean": 0.0005} for step in range(1, 5)]
+    assert limit(4) == node_run.LEAST_LIMIT, "a few sure tokens are no measure"
 
 
 @pytest.fixture(scope="module")
@@ -253,16 +258,34 @@ def test_the_split_is_measured_on_the_batch_even_if_all_groups_are_equal(sampled
     assert record["grad_norm"] == 0 and record["equal_groups"] == 8 and record["gap_max"] < GAP
 
 
+def test_the_split_is_measured_on_a_few_rows_drawn_from_all(sampled, monkeypatch):
+    seen, measure = [], train.measure_heads
+
+    def note(model, input_ids, *more, **how):
+        seen.append(input_ids)
+        return measure(model, input_ids, *more, **how)
+
+    monkeypatch.setattr(train, "SPAN_ROWS", 5)
+    monkeypatch.setattr(train, "measure_heads", note)
+    one_step(sampled, credit="coupled")
+    ids = rollout.pad_batch([r for problem in sampled[0] for r in sampled[1][problem.prompt]])[0]
+    assert torch.equal(seen[0], ids[torch.randperm(32, generator=torch.Generator().manual_seed(0))[:5]])
+
+
 def test_micro_batches_do_not_matter(tmp_path):
     for name, micro in (("a", 2048), ("c", 300)):
         how = ["--engine", "torch", "--micro_tokens", micro, "--heads_every", 1]
         how += ["--dtype", "float32"]  # in bfloat16 a rounding error can change a response of the second step
         how += ["--steps", 2, "--max_tokens", 64, "--eval_problems", 4]
         run("--out", tmp_path / name, *how)
-    dropped = ("seconds", "tokens_per_s")
-    a, c = ([{k: v for k, v in r.items() if k not in dropped} for r in records(tmp_path / x)] for x in "ac")
+    dropped = ("seconds", "tokens_per_s", "gap_mean", "gap_max")  # times, and rounding itself
+    a, c = (
+        [{k: v for k, v in r.items() if v is not None and k not in dropped} for r in records(tmp_path / name)]
+        for name in "ac"
+    )
+    assert len(a) == len(c) == 4
     for x, y in zip(a, c):
-        assert x == pytest.approx(y, abs=2e-3), "the same but for rounding"
+        assert x == pytest.approx(y, rel=2e-3, abs=1e-6), "the same but for rounding"
 
 
 def test_every_flag_reaches_the_credit(sampled, monkeypatch):
@@ -320,12 +343,22 @@ def test_dynamic_sampling_replaces_groups_of_equal_reward(sampled, tmp_path, mon
     plain_groups, plain_rewards, *_ = train.sample_batch(args, actor, problems[:6], node_run.Clock())
     assert len(plain_groups) == 6 and plain_rewards.shape == (6, 4)
 
+    # Four of six groups differ, each in its own way: every group that is kept has its own rewards.
+    coin = itertools.cycle([*torch.eye(4).flatten().tolist(), *[0.0] * 8])
+    with monkeypatch.context() as patch:
+        patch.setattr(countdown.Countdown, "reward", lambda self, problem, text: next(coin))
+        (groups, rewards, *_), everything = train.sample_dynamic(args, actor, problems, node_run.Clock())
+    assert torch.equal(rewards, torch.eye(4)[[0, 1, 2, 3, 0, 1]]) and everything.sum() == 8
+    prompts = [actor.tokenizer(problems[i].prompt).input_ids for i in (0, 1, 2, 3, 6, 7)]
+    assert [group[0].prompt_ids for group in groups] == prompts
+
     rewards = iter([0.0, 0.0, 0.0, 1.0] * 2 + [0.0] * 999)  # two groups differ, of the six that are wanted
     monkeypatch.setattr(countdown.Countdown, "reward", lambda self, problem, text: next(rewards))
     monkeypatch.setattr(train, "evaluate", lambda *args, **how: ([[]] * 16, torch.zeros(16, 2)))
     run("--engine", "torch", "--out", tmp_path / "run", "--steps", 1, "--dynamic")
     assert "step 1: --dynamic found 2 groups of unequal reward among 24, not 6" in capsys.readouterr().out
-    assert [r["unequal_groups"] for r in records(tmp_path / "run") if "reward" in r] == [2]
+    (step,) = [r for r in records(tmp_path / "run") if "reward" in r]
+    assert step["unequal_groups"] == 2 and step["reward"] == pytest.approx(2 / 96), "of all that was sampled"
 
 
 def test_dynamic_stops_when_it_has_enough_and_goes_on_behind_what_it_drew(tmp_path, monkeypatch):
@@ -350,6 +383,15 @@ def test_each_epoch_has_every_problem_once_in_an_order_of_its_own():
     )
 
 
+def test_each_seed_step_rank_and_purpose_samples_with_a_seed_of_its_own(monkeypatch):
+    seen = set()
+    for rank, seed, step, what in itertools.product("01", (0, 1), (0, 1), ("step", "evaluation")):
+        monkeypatch.setenv("RANK", rank)
+        state = type("Run", (), {"args": tiny_args(seed=seed), "step": step})
+        seen.add(node_run.Run._seed(state, what))
+    assert len(seen) == 16
+
+
 def test_minibatches_are_the_same_whatever_the_credit(sampled, monkeypatch):
     seen, update = [], train.update
 
@@ -371,6 +413,7 @@ def test_the_learning_rate_grows_and_the_split_is_measured_in_turn_across_a_resu
 
     def note(args, model, optimizer, actor, problems, heads, generator, own_credit):
         rates.append(optimizer.param_groups[0]["lr"])
+        assert optimizer.param_groups[0]["weight_decay"] == 0
         measured.append(heads is None)
         return step(args, model, optimizer, actor, problems, heads, generator, own_credit)
 
