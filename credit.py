@@ -1,8 +1,8 @@
 """gamma_t: the factor on each token's advantage (Eq. 14-19). Three credits by attention, and controls.
 
-A preplan token is a token just before WAAD jumps, up or down, a member of T_loc: there a chunk of text ends. An anchor
-is a token with high FAI, a member of T_glob: later tokens keep looking at it. The credits give some of these tokens
-gamma > 1 and all others gamma = 1.
+A preplan token is a token just before WAAD jumps, up or down, a member of T_loc. An anchor is a token with high FAI, a
+member of T_glob: later tokens keep looking at it. The credits give some of these tokens gamma > 1 and all others
+gamma = 1.
 
 All functions take [B,N] tensors and mask [B,N] bool, which marks the response tokens. They look at each response alone,
 except `scaled`. They return gamma [B,N] float32, which is 1 outside the mask. q is the share of tokens to credit, amp
@@ -42,10 +42,9 @@ def top_q(x: Tensor, mask: Tensor, q: float, eligible: Tensor | None = None) -> 
     eligible = mask if eligible is None else mask & eligible
     order = x.float().masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)  # [B,N], 0 for the highest
-    size = [
-        math.ceil(q * n - 1e-6) for n in mask.sum(1).tolist()
-    ]  # 1e-6: 0.55 * 100 is 55.00000000000001 and must not round up to 56
-    return eligible & (rank < torch.tensor(size, device=x.device)[:, None])
+    # 1e-6: 0.55 * 100 is 55.00000000000001 and must not round up to 56.
+    size = torch.tensor([math.ceil(q * n - 1e-6) for n in mask.sum(1).tolist()], device=x.device)
+    return eligible & (rank < size[:, None])
 
 
 def waad_change(waad: Tensor, mask: Tensor) -> Tensor:
@@ -101,11 +100,8 @@ def coupled_rhythm(
     tensor([[1.0000, 1.2500, 1.0000, 1.2500, 1.0000]])
     """
     parts = coupled_parts(waad, fai, mask, q, k, lowest)
-    is_intro = torch.zeros_like(mask)  # I(D)
-    row, anchor = parts.dominated.nonzero(as_tuple=True)
-    is_intro[row, parts.intro[row, anchor]] = True
     undominated = parts.t_glob & ~parts.dominated
-    return 1 + (amp - 1) * (undominated + (1 - alpha) * parts.dominated + alpha * is_intro)
+    return 1 + (amp - 1) * (undominated + (1 - alpha) * parts.dominated + alpha * parts.is_intro)
 
 
 class Coupled(NamedTuple):
@@ -117,7 +113,8 @@ class Coupled(NamedTuple):
     tau_waad: Tensor
     tau_delta: Tensor  # infinite where T_loc is empty
     dominated: Tensor  # bool, D
-    intro: Tensor  # column of the largest Delta among the k tokens before, 0 if there are none; of one in D: its intro
+    intro: Tensor  # column of the largest Delta among the k tokens before, 0 if there are none; used for tokens in D
+    is_intro: Tensor  # bool, I(D): the intros of all tokens in D
 
 
 def coupled_parts(waad: Tensor, fai: Tensor, mask: Tensor, q: float = 0.4, k: int = 3, lowest: bool = False) -> Coupled:
@@ -143,7 +140,10 @@ def coupled_parts(waad: Tensor, fai: Tensor, mask: Tensor, q: float = 0.4, k: in
         intro = torch.where(is_larger, position - j, intro)
 
     dominated = t_glob & (waad <= tau_waad) & (peak >= tau_delta)
-    return Coupled(delta, t_loc, t_glob, tau_waad, tau_delta, dominated, intro)
+    is_intro = torch.zeros_like(mask)
+    row, anchor = dominated.nonzero(as_tuple=True)
+    is_intro[row, intro[row, anchor]] = True
+    return Coupled(delta, t_loc, t_glob, tau_waad, tau_delta, dominated, intro, is_intro)
 
 
 # ---- Controls and variations ----
@@ -166,7 +166,7 @@ def forking_tokens(entropy: Tensor, mask: Tensor, share: float = 0.2) -> Tensor:
 
 
 def random_tokens(mask: Tensor, q: float = 0.4, amp: float = 1.5, generator: torch.Generator | None = None) -> Tensor:
-    """Control: amplify the same number of tokens, chosen at random."""
+    """Control: amplify ceil(q * |R|) tokens of each response, chosen at random."""
     noise = torch.rand(mask.shape, generator=generator, device=generator.device if generator else None)
     return 1 + (amp - 1) * top_q(noise.to(mask.device), mask, q)
 

@@ -1,4 +1,4 @@
-"""Which heads look near and which look far: spans (Eq. 7) and the split into local and global heads (Eq. 8).
+"""Which heads look near and which look far: spans (Eq. 7), and the split into local and global heads.
 
 The paper samples five layers of the model's middle third. A head's span is the mean distance it looks back. The 30 % of
 heads with the lowest span are the local heads H_loc, the 30 % with the highest span are the global heads H_glob.

@@ -1,6 +1,8 @@
 """gamma against loops written from Eq. 14-19, and its corners."""
 
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -144,6 +146,7 @@ def test_each_name_is_its_function_with_all_its_settings():
         "entropy": 1 + 2.0 * lowest,
         "coupled": credit.coupled_rhythm(signals.waad, signals.fai, mask, alpha=0.1, k=5, **how),
     }
+    want["scaled"] = credit.scaled(want["coupled"], mask)
     for name, gamma in want.items():
         assert torch.equal(credit.assign_credit(name, signals, mask, alpha=0.1, k=5, **how), gamma), name
         produced = credit.assign_credit(name, signals, mask, alpha=0.1, k=5, produced=True, **how)
@@ -171,6 +174,11 @@ def test_a_function_of_ones_own_is_called_with_everything_by_name():
 
 def test_the_readmes_credit_of_surprise():
     """Highest -log p: the tokens that were least probable."""
-    mask, logprobs = torch.ones(1, 5, dtype=torch.bool), torch.tensor([[-0.1, -3.0, -0.2, -2.0, 0.0]])
-    gamma = credit.high_entropy(-logprobs, mask, q=0.4, amp=1.5)
-    assert gamma.tolist() == [[1.0, 1.5, 1.0, 1.5, 1.0]]
+    line = r'case "surprise":\n +(gamma = .*)'
+    for file in ("README.md", "credit.py"):
+        (found,) = re.findall(line, (Path(credit.__file__).parent / file).read_text())
+        logprobs = torch.tensor([[-0.1, -3.0, -0.2, -2.0, 0.0]])
+        names = {"amp": 1.5, "q": 0.4, "mask": torch.ones(1, 5, dtype=torch.bool), "top_q": credit.top_q}
+        names["signals"] = SimpleNamespace(logprobs=logprobs)
+        exec(found, names)
+        assert names["gamma"].tolist() == [[1.0, 1.5, 1.0, 1.5, 1.0]]

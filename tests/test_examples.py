@@ -107,8 +107,12 @@ def test_a_second_iteration_keeps_gamma_and_clipping_is_logged_by_credit():
 
 
 def test_lora_with_a_reference_model():
-    """With an adapter, the reference model is the policy without it, so TRL scores the same module twice."""
-    adapter = LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], r=8, lora_alpha=64)
+    """With an adapter, the reference model is the policy without it, so TRL scores the same module twice.
+
+    The adapter's dropout is on in TRL's loss, and must not reach the signals.
+    """
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    adapter = LoraConfig(target_modules=targets, r=8, lora_alpha=64, lora_dropout=0.1)
     for steps, changes in ((4, {}), (2, dict(gradient_accumulation_steps=2))):  # with and without a pass for pi_old
         made = trained(steps=steps, peft=adapter, beta=0.05, learning_rate=1e-2, heads_every=1, **changes)
         first, second = made.batches_seen
@@ -116,6 +120,26 @@ def test_lora_with_a_reference_model():
         torch.testing.assert_close(second["gamma"], eager_gammas([second])[0], rtol=0, atol=1e-5)
         without = eager_gammas([second | {"weights": first["weights"]}])[0]
         assert (second["gamma"] - without).abs().max() > 0.1, "the adapter shows in gamma"
+
+
+def test_the_head_split_does_not_depend_on_masked_rows():
+    """TRL masks truncated responses. If these come first, the split is measured on others, and never lost."""
+    made = trained(steps=1)
+    batch = made.batches_seen[0]
+    ids, attention = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    keep = batch["completion_ids"].shape[1]
+
+    def split_of(masked):
+        made.batches, seen = 0, attention.clone()
+        seen[:masked, -keep:] = 0
+        made._observe(ids, seen, keep)
+        return made.heads.spans
+
+    assert made.model.training
+    whole, half = split_of(0), split_of(len(ids) // 2)
+    assert half.isfinite().all() and not torch.equal(whole, half)
+    assert torch.equal(split_of(len(ids)), half), "without any response the last one stays"
+    assert made.model.training
 
 
 def test_every_loss_takes_an_advantage_for_each_token():

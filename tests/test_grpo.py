@@ -214,6 +214,18 @@ def test_update_takes_the_gradient_of_the_equations_on_each_minibatch():
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
+def test_the_token_level_update_divides_by_all_tokens_of_the_minibatch():
+    g, t = torch.Generator().manual_seed(1), torch.arange(20)
+    ids, mask = torch.randint(0, 40, (6, 20), generator=g), (t >= 3) & (t < torch.randint(5, 20, (6, 1), generator=g))
+    shaped, model = mask * torch.tensor([4.0, -2, 0, 2, -4, 0])[:, None], small_model(head_dim=16)
+    old = grpo.token_logprobs(model, ids, mask)[0].detach()
+    want = grpo.clipped_loss(grpo.token_logprobs(model, ids, mask)[0], old, shaped, mask, tokens=int(mask.sum()))
+    norm = sum(x.square().sum() for x in torch.autograd.grad(want, list(model.parameters()))).sqrt().item()
+    sgd, whole = torch.optim.SGD(model.parameters(), 0.1), [torch.arange(6)]
+    done = grpo.update(model, sgd, ids, mask, old, shaped, whole, micro_tokens=30, token_level=True)
+    assert done["loss"] == pytest.approx(want.item(), abs=1e-5) and done["grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+
 def slow_measures(new, old, advantages, tokens, low, high):
     """Share of clipped tokens, and mean of rho - 1 - log rho, over a list of (row, position), from the definitions."""
     clipped, kl = 0, 0.0

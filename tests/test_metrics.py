@@ -51,6 +51,17 @@ def ragged(lengths, n):
     return torch.randint(0, 50, (len(lengths), n), generator=torch.Generator().manual_seed(1)), mask
 
 
+def test_a_model_that_recording_changes_or_that_attends_twice_is_refused(monkeypatch):
+    model, (ids, mask) = llm(*MODELS["qwen3"][:2], head_dim=16), ragged([(5, 40)], 45)
+    with pytest.raises(ValueError, match="attends twice"), torch.no_grad(), attention.recording(model, [2]):
+        model(ids)
+        model(ids)
+    real = attention.fused_attention
+    monkeypatch.setattr(attention, "fused_attention", lambda *how: (100 * real(*how)[0], real(*how)[1]))
+    with pytest.raises(ValueError, match="does something in its attention"):
+        metrics.observe(model, ids, mask)
+
+
 def test_definitions_equal_the_equations():
     g = torch.Generator().manual_seed(0)
     maps = torch.rand(2, 3, 20, 20, generator=g).tril()

@@ -36,6 +36,8 @@ def test_one_and_two_ranks_train_alike_on_the_same_rollouts(tmp_path):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
         for name in ("reward", "entropy", "gamma", "length", "equal_groups", "truncated"):
             assert a[name] == pytest.approx(b[name], abs=1e-4)
+        assert a["kl"] > 0 and a["kl"] == pytest.approx(b["kl"], rel=0.05)
+        assert a["clip_fraction"] == pytest.approx(b["clip_fraction"], abs=0.01)
     weights = [torch.load(tmp_path / f"{name}.pt") for name in "12"]
     start = dict(AutoModelForCausalLM.from_pretrained("assets/tiny", dtype=torch.float32).named_parameters())
     moved = max((weights[0][name] - w).abs().max().item() for name, w in start.items())
