@@ -40,7 +40,7 @@ from rollout import start_actor
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 SCALE = 128**-0.5
-TRL_TOKENS = 8192  # in one of TRL's passes at most: it makes all logits of a pass at once
+TRL_TOKENS = 8192  # in one of TRL's passes at most: a larger batch is accumulated
 
 
 @dataclass

@@ -122,8 +122,8 @@ def top_q(x: list[float], q: float) -> set[int]:
 def assign_credit(rule: str, waad: list, fai: list, q=Q, gamma_amp=GAMMA_AMP, alpha=ALPHA, k=K) -> list[float]:
     """Eq. 14-19: gamma_t of one response. waad and fai hold one number for each token t in R."""
     R = range(len(waad))
-    # Preplan tokens T_loc: the tokens before the largest jumps of WAAD. A chunk of text ends there. A
-    # jump from t to t+1, up or down, is written at t.
+    # Preplan tokens T_loc: the tokens before the largest jumps of WAAD. A jump from t to t+1, up or
+    # down, is written at t. In the paper's picture a chunk of text ends there.
     delta = [abs(waad[t] - waad[t + 1]) for t in R[:-1]] + [0.0]  # Eq. 14
     T_loc = top_q(delta, q)
     # Anchors T_glob: later tokens look back at them most. FAI is 0 where no later token can look.
@@ -218,7 +218,10 @@ def evaluate(model, tokenizer, problems: list) -> Tensor:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A tiny model learns Countdown by GRPO with attention-guided credit.")
     rules = ["coupled", "local", "global", "uniform"]
-    text = "tokens that get more: preplan tokens (local), anchors (global), both (coupled, the default), none (uniform)"
+    text = (
+        "tokens that get more: preplan tokens (local); anchors (global); anchors and the tokens that introduce them "
+        "(coupled, the default); none (uniform)"
+    )
     parser.add_argument("--credit", choices=rules, default="coupled", help=text)
     parser.add_argument("--steps", type=int, default=12, help="training steps, about 20 s each (default: 12)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems and the sampling (default: 0)")

@@ -179,17 +179,18 @@ def compare_with_full_maps(step: Step, b: int, t: int, args: train.Args) -> tupl
     full_waad = metrics.waad(maps[heads.is_local].mean(0)[None], mask, args.window)[0]  # [N]
     full_fai = metrics.fai(maps[heads.is_global].mean(0)[None], mask, (low, high))[0]  # [N]
 
-    # WAAD_t = W - sum of weight times band, where band[i] = A[t,t-i], the mean over the local heads.
-    band = torch.zeros(args.window)
+    # WAAD_t = W * (sum of row t) - sum of weight times band, where band[i] = A[t,t-i], the mean over the local heads.
+    band, row_sum = torch.zeros(args.window), 0.0
     for block in metrics._band_blocks(list(zip(layers, heads.is_local)), mask, args.window - 1):
         if block.rows.start <= t < block.rows.stop:
             row = t - block.rows.start
             distance = block.distance[row]  # [columns]
             near = (distance >= 0) & (distance < args.window)
             band[distance[near].cpu()] += block.attention[0, :, row, near].sum(0).cpu()
-    band /= heads.is_local.sum().cpu()
+            row_sum += block.row_sum[0, :, row].sum().cpu()  # 1 a head, or with sinks less
+    band, row_sum = (x / heads.is_local.sum().cpu() for x in (band, row_sum))
     weights = args.window - torch.arange(args.window)
-    from_band = args.window - (weights * band).sum()
+    from_band = args.window * row_sum - (weights * band).sum()
 
     waad_gap = (full_waad - step.signals.waad[b]).abs().max().item()
     fai_gap = (full_fai - step.signals.fai[b]).abs().max().item()
@@ -224,7 +225,8 @@ def take_response(layer: Recorded, b: int) -> Recorded:
     seen = layer.attn_mask
     if seen is not None and len(seen) > 1:
         seen = seen[b : b + 1]
-    return Recorded(layer.query[b : b + 1], layer.key[b : b + 1], layer.scale, layer.lse[b : b + 1], seen)
+    query, key, lse = (x[b : b + 1] for x in (layer.query, layer.key, layer.lse))
+    return layer._replace(query=query, key=key, lse=lse, attn_mask=seen)
 
 
 def draw_map(attention: np.ndarray, rgb: tuple[int, int, int]) -> str:
