@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import lru_cache
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +20,7 @@ from node import checkpoint, prepare, ranks, settings
 from node import run as node_run
 from node.reload import wake
 
+pytestmark = pytest.mark.usefixtures("short_runs")
 QUICK = ["--engine", "torch", "--prompts", "2", "--group", "2", "--minibatches", "1", "--eval_problems", "2",
          "--eval_every", "0", "--save_every", "99", "--max_tokens", "12"]  # fmt: skip
 
@@ -64,15 +64,6 @@ def at_call(monkeypatch, name, number, do, after=False):
 def interrupt(times=1, number=signal.SIGINT):
     for _ in range(times):
         os.kill(os.getpid(), number)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_runs():
-    """Most of a run this small would be making the same problems and drawing the curve."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "load", lru_cache(tasks.load))
-        patch.setattr(node_run, "plot", lambda *args: None)
-        yield
 
 
 @pytest.fixture(scope="module")

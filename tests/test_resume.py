@@ -21,6 +21,7 @@ import train
 from node import checkpoint, settings
 from node import run as node_run
 
+pytestmark = pytest.mark.usefixtures("short_runs")
 SMALL = ["--engine", "torch", "--prompts", "4", "--group", "4", "--minibatches", "2", "--eval_problems", "4",
          "--max_tokens", "48", "--eval_every", "3", "--save_every", "1", "--heads_every", "2"]  # fmt: skip
 
