@@ -351,7 +351,8 @@ def summarize(metrics: dict, gamma: Tensor, mask: Tensor) -> dict[str, float]:
     """What verl logs of a step's credit. Takes the counts of loss_and_clipped out of metrics.
 
     rhythm/gamma: the mean over response tokens; rhythm/credited: the share with gamma != 1; rhythm/clipped_credited,
-    rhythm/clipped_others: the share of the tokens with and without credit whose gradient is clipped to 0.
+    rhythm/clipped_others: the share of the tokens with and without credit whose gradient is clipped to 0, by the rule
+    of loss_mode=vanilla.
     """
     found = {"rhythm/gamma": gamma[mask].mean().item(), "rhythm/credited": (gamma[mask] != 1).float().mean().item()}
     for kind in ("credited", "others"):

@@ -347,7 +347,8 @@ def test_dynamic_sampling_replaces_groups_of_equal_reward(sampled, tmp_path, mon
     coin = itertools.cycle([*torch.eye(4).flatten().tolist(), *[0.0] * 8])
     with monkeypatch.context() as patch:
         patch.setattr(countdown.Countdown, "reward", lambda self, problem, text: next(coin))
-        (groups, rewards, *_), everything = train.sample_dynamic(args, actor, problems, node_run.Clock())
+        short = replace(args, max_tokens=4)
+        (groups, rewards, *_), everything = train.sample_dynamic(short, actor, problems, node_run.Clock())
     assert torch.equal(rewards, torch.eye(4)[[0, 1, 2, 3, 0, 1]]) and everything.sum() == 8
     prompts = [actor.tokenizer(problems[i].prompt).input_ids for i in (0, 1, 2, 3, 6, 7)]
     assert [group[0].prompt_ids for group in groups] == prompts
