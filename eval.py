@@ -134,15 +134,18 @@ def sizes(k: int) -> list[int]:
 
 def measure(actor, task: str, problems: list[tasks.Problem], k: int, args: Args) -> dict:
     """Scores with the half-widths of their intervals, shares of truncated responses, and all responses."""
+    # A greedy response to each problem, and k sampled ones.
     given = dict(
         max_tokens=args.max_tokens, stop=tasks.stops(task, args.stop, args.chat), reward_processes=args.reward_processes
     )
     greedy, judged_greedy = respond(actor, task, problems, 1, temperature=0.0, **given)
     sampled, judged = respond(actor, task, problems, k, temperature=args.temperature, **given)
-    first, rewards = torch.tensor(judged_greedy.rewards), torch.tensor(judged.rewards)
+    # The scores of each problem. With fractional rewards there is no pass@j.
+    first, rewards = torch.tensor(judged_greedy.rewards), torch.tensor(judged.rewards)  # [P,1], [P,k]
     per_problem = {"greedy pass@1": first[:, 0], f"avg@{k}": rewards.mean(1)}
-    if ((rewards == 0) | (rewards == 1)).all():  # with fractional rewards there is no pass@j
+    if ((rewards == 0) | (rewards == 1)).all():
         per_problem |= {f"pass@{j}": pass_at(j, rewards) for j in sizes(k)}
+    # All responses of each problem, the greedy one first.
     responses = [
         [{"text": r.text, "reward": w, "truncated": r.truncated} for r, w in zip(g + s, [*a.tolist(), *b.tolist()])]
         for g, s, a, b in zip(greedy, sampled, first, rewards)
@@ -231,6 +234,7 @@ def compare_with_training(model: str, args: Args) -> list[str]:
 
 def plan(args: Args) -> list[tuple[dict, list[tasks.Problem]]]:
     """What to evaluate: (settings, problems) of each checkpoint and benchmark. ValueError for what cannot work."""
+    # The arguments.
     for name in ("samples", "max_tokens", "reward_processes"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be 1 or more")
@@ -242,10 +246,12 @@ def plan(args: Args) -> list[tuple[dict, list[tasks.Problem]]]:
         raise ValueError(f"--temperature {args.temperature}: must be above 0 (the greedy response is always made)")
     if args.data and len(args.task) > 1:
         raise ValueError(f"--data {args.data} holds the problems of one task: give one --task")
+    # The problems of each benchmark, the same for every checkpoint.
     problems = {task: tasks.load(task, "test", args.problems, args.seed, args.data) for task in args.task}
     for task, found in problems.items():
         if len(found) < 2:
             raise ValueError(f"--problems {len(found)} of {task}: an interval needs 2 or more")
+    # Each checkpoint on each benchmark, if its prompts fit. The settings are what a stored result is found by.
     steps = []
     for model in args.model:
         tokenizer = load_tokenizer(model, args.max_model_len)

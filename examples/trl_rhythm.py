@@ -134,7 +134,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         if self.batches == 0:
             self._check_padding(input_ids[:1][attention_mask[:1].bool()][:16])
 
-        def passes(*rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        def passes(rows: Tensor | slice) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             size = self.args.per_device_train_batch_size
             return zip(*(x[rows].split(size) for x in (input_ids, mask, attention_mask)))
 
@@ -155,7 +155,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
 
         # Log-probs, entropy, WAAD and FAI.
         parts = []
-        for ids, response, attention in passes():
+        for ids, response, attention in passes(slice(None)):
             seen = observe(
                 self.model, ids, response, self.heads, self.window, self.horizon, attention, score=self._score
             )

@@ -223,7 +223,7 @@ def _stand_apart() -> None:
 
 def _kill(pool: ProcessPoolExecutor) -> None:
     """End its processes now, whatever they compute."""
-    for process in list(pool._processes.values()):
+    for process in list(pool._processes.values()):  # Python 3.14 has a method for this
         process.kill()
     pool.shutdown(wait=False, cancel_futures=True)
 

@@ -302,6 +302,12 @@ def test_evaluating_on_the_training_file_is_said(four_steps, tmp_path):
     assert evaluation.compare_with_training(str(copied), args) == []
 
 
+def test_a_run_that_was_asked_to_stop_is_not_evaluated_first(tmp_path, monkeypatch):
+    at_call(monkeypatch, "sample_batch", 2, interrupt)
+    run(*QUICK, "--steps", 4, "--eval_every", 2, "--out", tmp_path / "run")
+    assert [r["step"] for r in records(tmp_path / "run") if "success" in r] == [0]
+
+
 # ---- errors ----
 
 
@@ -310,12 +316,6 @@ def test_a_run_that_diverged_ends_and_saves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "describe_tokens", lambda *args: real(*args) | {"gap_mean": float("nan")})
     assert "the update diverged" in refused(*QUICK, "--steps", 2, "--out", tmp_path / "run")
     assert not checkpoint.list_checkpoints(tmp_path / "run")
-
-
-def test_a_run_that_was_asked_to_stop_is_not_evaluated_first(tmp_path, monkeypatch):
-    at_call(monkeypatch, "sample_batch", 2, interrupt)
-    run(*QUICK, "--steps", 4, "--eval_every", 2, "--out", tmp_path / "run")
-    assert [r["step"] for r in records(tmp_path / "run") if "success" in r] == [0]
 
 
 def test_errors_of_users_and_libraries_are_one_line_and_ours_are_not():
